@@ -1,0 +1,354 @@
+"""The command line. Every failure ends in one line on stderr and a documented exit code."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ctconvert import __version__
+from ctconvert.errors import CtconvertError, UsageError
+
+if TYPE_CHECKING:
+    from ctconvert.console import Output
+    from ctconvert.planning import Plan
+
+app = typer.Typer(
+    name="ctconvert",
+    help="Converts compressed-tensors checkpoints into kernel-ready ones, offline.\n\n"
+    "Exit codes: 0 done, 1 the conversion or the verification failed, 2 bad usage or bad input, "
+    "3 the target cannot take a module, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id: org/name[@revision].")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+Target = Annotated[
+    str, typer.Option("--target", "-t", help="What the kernels run on: triton, cuda or xpu.")
+]
+Workers = Annotated[int | None, typer.Option(help="Threads that read, transform and write.", min=1)]
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    from ctconvert.console import print_error
+
+    try:
+        yield
+    except CtconvertError as error:
+        print_error(str(error))
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads on; do not complain at exit
+        raise typer.Exit(1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print_error(f"{where}{error.strerror or error}")
+        raise typer.Exit(1) from None
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"ctconvert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``5GB``, ``500MB``, ``2GiB`` or a plain number.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise UsageError(f"{text!r} is no size; write for instance 5GB, 500MB or 2GiB")
+    power = " KMGT".index(match[2].upper() or " ")
+    count = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if count < 1:
+        raise UsageError(f"{text!r}: a shard must hold at least one byte")
+    return count
+
+
+def parse_layouts(texts: list[str]) -> dict[str, str]:
+    """``PATTERN=LAYOUT`` options as a dictionary, in order.
+
+    Raises:
+        UsageError: one has no ``=``.
+    """
+    found = {}
+    for text in texts:
+        pattern, equals, name = text.rpartition("=")
+        if not equals or not pattern or not name:
+            raise UsageError(f"--layout {text!r}: write it as PATTERN=LAYOUT")
+        found[pattern] = name
+    return found
+
+
+@app.command()
+def inspect(
+    model: Model,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="Also say what each module would become for it."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Show what is in a checkpoint: schemes by module, sizes, oddities."""
+    with _failures():
+        from ctconvert import api
+        from ctconvert.console import Output, print_json
+
+        found = api.inspect(model, target=target)
+        if json_:
+            print_json(found)
+        else:
+            _print_inspection(Output(), found)
+
+
+def _print_inspection(out: Output, found: dict[str, Any]) -> None:
+    from ctconvert.console import collapse, size
+
+    version = found["compressed_tensors_version"]
+    out.line(
+        f"{found['model']}: {', '.join(found['architectures'] or ['?'])}, {found['format']}"
+        + (f" (compressed-tensors {version})" if version else "")
+    )
+    out.line(
+        f"{len(found['modules'])} quantised modules, {size(found['quantised_bytes'])} of "
+        f"{size(found['bytes'])} in {len(found['shards'])} file(s); "
+        f"{found['unquantised_tensors']} tensors are not quantised"
+    )
+    out.line()
+    columns = ["module", "format", "weights", "N x K"]
+    columns += [f"for {found['target']}"] if found["target"] else []
+
+    def row(module: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        shape = "x".join(map(str, module.get("shape", []))) or "?"
+        if module.get("experts"):
+            shape = f"{module['experts']} x {shape}"
+        cells = [module["format"], module["weights"], shape]
+        if found["target"]:
+            cells.append(module["layout"] or f"none: {module['refused']}")
+        elif "unsupported" in module:
+            cells[-1] += f" ({module['unsupported']})"
+        return module["name"], tuple(cells)
+
+    out.table([*columns, "count"], collapse(map(row, found["modules"])))
+    for oddity in found["oddities"]:
+        out.line(f"note: {oddity}")
+
+
+@app.command()
+def repack(
+    model: Model,
+    out: Annotated[
+        Path | None,
+        typer.Argument(metavar="[OUT]", help="Directory to make; MODEL-TARGET beside MODEL."),
+    ] = None,
+    target: Target = ...,  # type: ignore[assignment]
+    device: Annotated[
+        str, typer.Option(help="Where transforms run: auto, cpu, cuda, cuda:1, xpu.")
+    ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan; read and write no weight data.")
+    ] = False,
+    json_: Json = False,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest output file; a module is never split.")
+    ] = "5GB",
+    workers: Workers = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a killed run from its finished shards.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing OUT.")
+    ] = False,
+    fuse: Annotated[
+        bool, typer.Option("--fuse/--no-fuse", help="Join q/k/v and gate/up projections.")
+    ] = False,
+    keep_unsupported: Annotated[
+        bool,
+        typer.Option(
+            "--keep-unsupported", help="Copy modules that no layout takes instead of refusing."
+        ),
+    ] = False,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=LAYOUT", help="Layout for modules by glob or re:regex."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read the output back and check it.")
+    ] = True,
+) -> None:
+    """Convert a compressed-tensors checkpoint into a kernel-ready one."""
+    with _failures():
+        from ctconvert import api
+        from ctconvert.console import Output, ShownProgress, print_json, size
+
+        shaping: dict[str, Any] = {
+            "target": target,
+            "fuse": fuse,
+            "keep_unsupported": keep_unsupported,
+            "layout": parse_layouts(layout or []),
+            "max_shard_size": parse_size(max_shard_size),
+        }
+        printer = Output(quiet=json_)
+        if dry_run:
+            plan = api.plan(model, **shaping)
+            _show_plan(printer, plan, json_)
+            plan.refuse()
+            return
+        with nullcontext() if json_ else ShownProgress() as progress:
+            report = api.repack(
+                model,
+                out,
+                **shaping,
+                device=device,
+                workers=workers,
+                resume=resume,
+                overwrite=overwrite,
+                verify=verify,
+                progress=progress,
+            )
+        if json_:
+            print_json(report)
+            return
+        made = ", ".join(f"{count} x {name}" for name, count in report["layouts"].items())
+        printer.line(
+            f"{report['out']}: {report['modules']} modules ({made or 'none'}), "
+            f"{report['copied_tensors']} tensors copied, {size(report['output_bytes'])} in "
+            f"{report['shards']} file(s)" + (", verified" if verify else ", not verified")
+        )
+        for refusal in report["kept"]:
+            printer.line(f"kept unchanged: {refusal['module']}: {refusal['reason']}")
+        for note in report["notes"]:
+            printer.line(f"note: {note}")
+
+
+def _show_plan(out: Output, plan: Plan, as_json: bool) -> None:
+    from ctconvert.console import collapse, print_json, size
+    from ctconvert.memory import peak_memory
+    from ctconvert.planning import plan_as_json
+
+    peak = peak_memory(plan)
+    if as_json:
+        print_json(plan_as_json(plan) | {"peak_memory_bytes": peak})
+        return
+    rows = [
+        (
+            module.name,
+            (
+                module.spec.format,
+                module.spec.label,
+                module.layout.name,
+                f"{module.spec.n}x{module.spec.k}",
+                size(module.output_bytes * len(module.units)),
+            ),
+        )
+        for module in plan.modules
+    ]
+    out.table(
+        ["module", "format", "weights", "layout", "N x K", "bytes each", "count"], collapse(rows)
+    )
+    out.line(f"{len(plan.copies)} tensors are copied unchanged")
+    for refusal in plan.kept:
+        out.line(f"kept unchanged: {refusal}")
+    for note in plan.notes:
+        out.line(f"note: {note}")
+    for shard in plan.shards:
+        out.line(f"{shard.name}: {len(shard.specs)} tensors, {size(shard.size)}")
+    out.line(
+        f"disk needed: {size(plan.disk_bytes)}; peak memory about {size(peak)}; nothing was written"
+    )
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted checkpoint.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Also invert every layout and compare with the source."),
+    ] = None,
+    json_: Json = False,
+    workers: Workers = None,
+) -> None:
+    """Prove a converted checkpoint: its bytes, and its codes and scales against the source."""
+    with _failures():
+        from ctconvert import api
+        from ctconvert.console import Output, ShownProgress, print_json, size
+
+        with nullcontext() if json_ else ShownProgress() as progress:
+            report = api.verify(out, against=against, workers=workers, progress=progress)
+        if json_:
+            print_json({"ok": True} | report)
+            return
+        printer = Output()
+        printer.line(
+            f"{out}: ok, {report['tensors']} tensors and {report['files']} files, "
+            f"{size(report['bytes'])}, match the manifest"
+        )
+        if against is not None:
+            compared = report["against"]
+            printer.line(
+                f"{out}: ok, {compared['modules']} modules hold the codes and scales of {against} "
+                f"bit for bit, and {compared['copied_tensors']} tensors are its own"
+            )
+
+
+@app.command()
+def layouts(json_: Json = False) -> None:
+    """List the layouts, what each takes, and which targets prefer it."""
+    with _failures():
+        from ctconvert.console import Output, print_json
+        from ctconvert.layouts import LAYOUTS, TARGETS
+
+        rows: list[dict[str, Any]] = [
+            {
+                "name": layout.name,
+                "version": layout.version,
+                "takes": layout.takes,
+                "writes": layout.writes,
+                "read_by": layout.read_by,
+                "targets": [target for target, names in TARGETS.items() if layout.name in names],
+            }
+            for layout in LAYOUTS
+        ]
+        if json_:
+            print_json(
+                {"layouts": rows, "targets": {t: list(names) for t, names in TARGETS.items()}}
+            )
+            return
+        cells: Callable[[dict[str, Any]], list[str]] = lambda row: [  # noqa: E731
+            row["name"],
+            row["takes"],
+            row["writes"],
+            row["read_by"],
+            ", ".join(row["targets"]),
+        ]
+        out = Output()
+        out.table(["layout", "takes", "writes", "read by", "targets"], map(cells, rows))
+        for target, names in TARGETS.items():
+            out.line(f"{target} prefers {', then '.join(names)}")

@@ -1,0 +1,45 @@
+"""The devices a transform can run on, through torch's device API."""
+
+from __future__ import annotations
+
+import torch
+
+from ctconvert.errors import UsageError
+
+#: Accelerators whose Triton kernels the transforms use, in the order ``auto`` tries them.
+ACCELERATORS = ("cuda", "xpu")
+
+
+def resolve(name: str) -> torch.device:
+    """The device of a ``--device`` argument: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``.
+
+    Raises:
+        UsageError: it is unknown, or this machine or this torch build does not have it.
+    """
+    if name == "auto":
+        name = next((kind for kind in ACCELERATORS if _count(kind)), "cpu")
+    kind, _, index = name.partition(":")
+    if kind == "cpu" and not index:
+        return torch.device("cpu")
+    if kind not in ACCELERATORS or (":" in name and not index.isdecimal()):
+        raise UsageError(f"unknown device {name!r}; the devices are auto, cpu, cuda[:i], xpu[:i]")
+    count = _count(kind)
+    if count == 0:
+        raise UsageError(
+            f"--device {name}: torch {torch.__version__} sees no {kind} device here; use "
+            "--device cpu"
+        )
+    if int(index or 0) >= count:
+        raise UsageError(f"--device {name}: there are {count} {kind} devices, counted from 0")
+    return torch.device(kind, int(index or 0))
+
+
+def _count(kind: str) -> int:
+    backend = getattr(torch, kind, None)
+    return int(backend.device_count()) if backend is not None and backend.is_available() else 0
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device's queue; nothing on the CPU."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)

@@ -1,0 +1,59 @@
+"""safetensors dtype names and torch dtypes, and raw bytes as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ctconvert.specs import TensorSpec
+
+_TORCH: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
+_NAMES = {dtype: name for name, dtype in _TORCH.items()}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name (KeyError where a weight cannot have it)."""
+    return _TORCH[name]
+
+
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
+    """The spec a tensor has in a safetensors header."""
+    return TensorSpec(_NAMES[tensor.dtype], tuple(tensor.shape))
+
+
+def from_bytes(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """A flat u8 tensor as a tensor of ``spec``, sharing memory."""
+    return data.view(torch_dtype(spec.dtype)).view(spec.shape)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, sharing memory.
+
+    Raises:
+        ValueError: the tensor is not contiguous or not on the CPU.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError("only contiguous CPU tensors have bytes to write")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have one dtype, shape and bit pattern (NaN and -0.0 included)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

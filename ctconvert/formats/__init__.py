@@ -1,0 +1,36 @@
+"""The source formats. To add one: a file here and a line in :data:`FORMATS`."""
+
+from __future__ import annotations
+
+from ctconvert.formats.base import Format, ModuleTensors
+from ctconvert.formats.pack_quantized import PackQuantized
+from ctconvert.formats.quantized import FloatQuantized, IntQuantized, NaiveQuantized
+
+#: Every format that can be read, by compressed-tensors' name.
+FORMATS: tuple[Format, ...] = (
+    PackQuantized(),
+    IntQuantized(),
+    FloatQuantized(),
+    NaiveQuantized(),
+)
+
+#: compressed-tensors formats that are known and not read, with the reason.
+UNREAD: dict[str, str] = {
+    "dense": "format dense holds unquantised weights beside scales; nothing to repack (save it "
+    "again with save_compressed=True)",
+    "sparse-bitmask": "format sparse-bitmask is unstructured sparsity, which no kernel layout "
+    "takes",
+    "marlin-24": "format marlin-24 is already a kernel layout, of a kernel that no longer exists",
+    "nvfp4-pack-quantized": "no layout takes NVFP4 yet; vLLM reads it directly",
+    "mxfp6-pack-quantized": "no layout takes MXFP6 yet",
+    "mxfp8-quantized": "no layout takes MXFP8 yet; vLLM reads it directly",
+    "sparse-24-bitmask": "no layout takes 2:4 sparse weights yet",
+    "mxfp4-pack-quantized": "no layout takes MXFP4 yet",
+}
+
+__all__ = ["FORMATS", "UNREAD", "Format", "ModuleTensors", "get"]
+
+
+def get(name: str) -> Format | None:
+    """The format of that name, or None where it is not read."""
+    return next((item for item in FORMATS if item.name == name), None)

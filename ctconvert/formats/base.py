@@ -1,0 +1,241 @@
+"""What a source format is: how the tensors of one module describe and hold a logical weight."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ctconvert.errors import BadInputError
+from ctconvert.quantization import ModuleScheme, activations_label, family
+from ctconvert.specs import SCALE_DTYPES, QuantizedWeight, TensorSpec, WeightSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ModuleTensors:
+    """The tensors of one module by local name (``weight_packed``), headers only.
+
+    ``values`` holds the contents of the few-element tensors a plan depends on
+    (:data:`METADATA_NAMES`): shapes and activation scales, as flat lists.
+    """
+
+    module: str
+    specs: Mapping[str, TensorSpec]
+    embedding: bool = False
+    version: tuple[int, ...] | None = None
+    values: Mapping[str, list[float]] = field(default_factory=dict)
+
+    def error(self, text: str) -> BadInputError:
+        return BadInputError(f"module {self.module}: {text}")
+
+    def need(self, name: str) -> TensorSpec:
+        """The spec of a tensor that must be there.
+
+        Raises:
+            BadInputError: it is not.
+        """
+        if name not in self.specs:
+            raise self.error(
+                f"tensor {name} is missing (has {', '.join(sorted(self.specs))}); the checkpoint "
+                "is incomplete or was not written by a compressed-tensors producer"
+            )
+        return self.specs[name]
+
+    def check(self, name: str, dtypes: tuple[str, ...], rank: int | None = None) -> TensorSpec:
+        """:meth:`need`, with its dtype and rank checked."""
+        spec = self.need(name)
+        if spec.dtype not in dtypes:
+            raise self.error(f"{name} is {spec}, expected {' or '.join(dtypes)}")
+        if rank is not None and len(spec.shape) != rank:
+            raise self.error(f"{name} is {spec}, expected {rank} dimensions")
+        return spec
+
+
+#: Few-element tensors whose values the plan needs (never weight data).
+METADATA_NAMES = frozenset(
+    {
+        "weight_shape",
+        "shape",
+        "input_scale",
+        "output_scale",
+        "input_zero_point",
+        "output_zero_point",
+    }
+)
+
+
+class Format(ABC):
+    """A compressed-tensors format. Stateless; knows tensors by local names, never by file."""
+
+    #: compressed-tensors' name of the format.
+    name: ClassVar[str]
+    #: One line for ``ctconvert layouts`` and the README.
+    holds: ClassVar[str]
+    #: The local name of the tensor that holds the codes.
+    weight_name: ClassVar[str]
+
+    @abstractmethod
+    def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:
+        """Checks a module's headers and describes its weight.
+
+        Raises:
+            BadInputError: a tensor is missing or has a wrong dtype or shape.
+        """
+
+    @abstractmethod
+    def parameter_names(self, spec: WeightSpec) -> tuple[str, ...]:
+        """Local names of the tensors that make up the weight (not of its bias)."""
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
+        """Tensors by local name, as :meth:`parameter_names` lists them, to the logical weight.
+
+        Raises:
+            ValueError: the data contradicts the spec (a NaN scale, a code out of range).
+        """
+
+    @abstractmethod
+    def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """The inverse of :meth:`decode` but for the metadata tensors (shapes, side scales)."""
+
+
+def storage_of(scheme: ModuleScheme, tensors: ModuleTensors) -> dict[str, Any]:
+    """The fields of a :class:`WeightSpec` that every INT or FP8 format fills alike."""
+    args = scheme.scheme.weights if scheme.scheme else None
+    if args is None:
+        raise tensors.error(
+            f"its config group has no weight scheme, but {scheme.format} tensors are stored; "
+            "the config and the tensors contradict each other"
+        )
+    side, zero_points = side_scales(scheme, tensors)
+    return {
+        "family": family(scheme, scheme.format, tensors.embedding),
+        "kind": args.type,
+        "bits": args.num_bits,
+        "strategy": args.strategy,
+        "group_size": args.group_size if args.strategy in ("group", "tensor_group") else None,
+        "block": tuple(args.block_structure) if args.block_structure else None,
+        "symmetric": args.symmetric,
+        "embedding": tensors.embedding,
+        "activations": activations_label(scheme.scheme),
+        "side": side,
+        "side_zero_points": zero_points,
+    }
+
+
+def side_scales(
+    scheme: ModuleScheme, tensors: ModuleTensors
+) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, int], ...]]:
+    """The static activation scales in use, and the activation zero points by value.
+
+    A scale of 0 was never calibrated: it is not in the result, and its zero point neither.
+
+    Raises:
+        BadInputError: a scale the config asks for is missing, of a wrong shape or dtype, NaN,
+            infinite or negative.
+    """
+    side: list[tuple[str, str]] = []
+    zero_points: list[tuple[str, int]] = []
+    if scheme.scheme is None:
+        return (), ()
+    for end, args in (
+        ("input", scheme.scheme.input_activations),
+        ("output", scheme.scheme.output_activations),
+    ):
+        if args is None or args.dynamic or args.strategy != "tensor":
+            continue
+        name = f"{end}_scale"
+        spec = tensors.check(name, SCALE_DTYPES)
+        if spec.shape not in ((), (1,)):
+            raise tensors.error(f"{name} is {spec}, expected one element")
+        (value,) = tensors.values[name]
+        if not 0 <= value < float("inf"):
+            raise tensors.error(f"{name} is {value}; a scale must be finite and not negative")
+        if value == 0:
+            continue
+        side.append((name, spec.dtype))
+        zero_name = f"{end}_zero_point"
+        if zero_name in tensors.specs:
+            if tensors.specs[zero_name].shape not in ((), (1,)):
+                raise tensors.error(
+                    f"{zero_name} is {tensors.specs[zero_name]}, expected one element"
+                )
+            zero_points.append((zero_name, int(tensors.values[zero_name][0])))
+        elif not args.symmetric:
+            tensors.need(zero_name)
+    return tuple(side), tuple(zero_points)
+
+
+def activation_names(tensors: ModuleTensors, scheme: ModuleScheme) -> tuple[str, ...]:
+    """Local names of the activation tensors the config's static schemes own."""
+    if scheme.scheme is None:
+        return ()
+    names = []
+    for end, args in (
+        ("input", scheme.scheme.input_activations),
+        ("output", scheme.scheme.output_activations),
+    ):
+        if args is not None and not args.dynamic and args.strategy == "tensor":
+            names += [f"{end}_scale", f"{end}_zero_point"]
+    return tuple(name for name in names if name in tensors.specs)
+
+
+def scale_spec(
+    tensors: ModuleTensors,
+    fields: Mapping[str, Any],
+    n: int,
+    k: int,
+    dtypes: tuple[str, ...] = SCALE_DTYPES,
+    name: str = "weight_scale",
+) -> tuple[str, tuple[int, int]]:
+    """Dtype and logical 2-D shape of ``weight_scale``, checked against the strategy.
+
+    Raises:
+        BadInputError: it is missing, of a wrong dtype or shape, or the group size does not
+            divide K.
+    """
+    spec = tensors.check(name, dtypes)
+    strategy, group_size = fields["strategy"], fields["group_size"]
+    if strategy == "tensor":
+        allowed: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1))
+        logical = (1, 1)
+    elif strategy == "channel":
+        allowed = ((n, 1), (n,))
+        logical = (n, 1)
+    elif strategy == "group":
+        if k % group_size:
+            raise tensors.error(f"group size {group_size} does not divide K = {k}")
+        logical = (n, k // group_size)
+        allowed = (logical,)
+    elif strategy == "block":
+        rows, columns = fields["block"]
+        logical = (-(-n // rows), -(-k // columns))
+        allowed = (logical,)
+    else:
+        raise tensors.error(f"weight strategy {strategy!r} is not one this format stores")
+    if spec.shape not in allowed:
+        raise tensors.error(
+            f"{name} is {spec}, expected {list(allowed[0])} for strategy {strategy} of a "
+            f"weight [{n}, {k}]" + (f" with group size {group_size}" if group_size else "")
+        )
+    return spec.dtype, logical
+
+
+def check_scale(scale: torch.Tensor) -> None:
+    """Raises ValueError naming the first NaN or infinite scale of a 2-D float tensor."""
+    import torch
+
+    finite = torch.isfinite(scale)
+    if not bool(finite.all()):
+        row, column = (~finite).nonzero()[0].tolist()
+        value = scale[row, column].item()
+        raise ValueError(f"weight_scale[{row}, {column}] is {value}; the source is damaged")
+
+
+def decode_side(tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> dict[str, torch.Tensor]:
+    """The side scales in use, as [1]."""
+    return {name: tensors[name].reshape(1) for name, _ in spec.side}

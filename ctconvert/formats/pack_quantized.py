@@ -1,0 +1,165 @@
+"""``pack-quantized``: INT codes of 1 to 8 bits packed along K into i32 words.
+
+Tensors of a module (N x K weight, b bits, G group size)::
+
+    weight_packed      i32 [N, words]      code k of a row is q + 2^(b-1), unsigned
+    weight_scale       float [N, 1], [N, K/G] or [1]
+    weight_shape       i64 [2]             N, K
+    weight_zero_point  i32 [ceil(N*b/32), groups], packed along N     (asymmetric)
+    weight_g_idx       i32 [K]             scale group of each column (actorder=group)
+
+The logical weight keeps the words as they are (``storage = "packed"``): no path unpacks a whole
+weight. Two packings share the name. ``dense`` (compressed-tensors 0.18 and newer): a row is one
+bit string, ``ceil(K*b/32)`` words. ``padded`` (older): ``floor(32/b)`` codes a word. For b = 1,
+2, 4 and 8 they are the same bytes. Source: compressed-tensors,
+``compressors/pack_quantized/helpers.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ctconvert.formats.base import (
+    Format,
+    ModuleTensors,
+    check_scale,
+    decode_side,
+    scale_spec,
+    storage_of,
+)
+from ctconvert.quantization import ModuleScheme
+from ctconvert.specs import QuantizedWeight, WeightSpec
+
+if TYPE_CHECKING:
+    import torch
+
+#: The first compressed-tensors version that packs densely.
+DENSE_SINCE = (0, 18)
+
+
+def words_per_row(k: int, bits: int, packing: str) -> int:
+    """Words of a packed row of ``k`` codes."""
+    return -(-k * bits // 32) if packing == "dense" else -(-k // (32 // bits))
+
+
+def _packing(tensors: ModuleTensors, words: int, k: int, bits: int) -> str:
+    fits = [name for name in ("dense", "padded") if words_per_row(k, bits, name) == words]
+    if not fits:
+        raise tensors.error(
+            f"weight_shape says K = {k}, but weight_packed has {words} words a row, not "
+            f"{words_per_row(k, bits, 'dense')} for {bits}-bit codes; one of the two is wrong"
+        )
+    if len(fits) == 1 or 32 % bits == 0:
+        return fits[0]
+    if tensors.version is None:
+        raise tensors.error(
+            f"{words} words a row fit both packings of {k} {bits}-bit codes and the config has no "
+            "version to tell them apart; add the producer's compressed-tensors version as "
+            "quantization_config.version"
+        )
+    return "dense" if tensors.version >= DENSE_SINCE else "padded"
+
+
+class PackQuantized(Format):
+    name = "pack-quantized"
+    holds = "INT codes of 1 to 8 bits, packed along K"
+    weight_name = "weight_packed"
+
+    def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:
+        fields = storage_of(scheme, tensors)
+        bits = fields["bits"]
+        if fields["kind"] != "int" or not 1 <= bits <= 8:
+            raise tensors.error(
+                f"the config says {fields['kind']}{bits}, which pack-quantized does not store"
+            )
+        packed = tensors.check("weight_packed", ("I32",), rank=2)
+        shape = tensors.check("weight_shape", ("I64", "I32"))
+        if shape.shape not in ((2,), (2, 1)):
+            raise tensors.error(f"weight_shape is {shape}, expected two elements")
+        n, k = (int(value) for value in tensors.values["weight_shape"])
+        if n != packed.shape[0] or k <= 0:
+            raise tensors.error(
+                f"weight_shape says [{n}, {k}], but weight_packed is {packed}; one of the two "
+                "is wrong"
+            )
+        packing = _packing(tensors, packed.shape[1], k, bits)
+        scale_dtype, scale_shape = scale_spec(tensors, fields, n, k)
+        g_idx = "weight_g_idx" in tensors.specs
+        if scheme.actorder_group and not g_idx and fields["strategy"] == "group":
+            raise tensors.error(
+                "the config says actorder=group, but there is no weight_g_idx to say which scale "
+                "each column has"
+            )
+        if g_idx and tensors.check("weight_g_idx", ("I32", "I64")).shape != (k,):
+            raise tensors.error(f"weight_g_idx is {tensors.specs['weight_g_idx']}, not [{k}]")
+        if not fields["symmetric"]:
+            zero = tensors.check("weight_zero_point", ("I32",))
+            want = (words_per_row(n, bits, packing), scale_shape[1])
+            if zero.shape != want:
+                raise tensors.error(
+                    f"weight_zero_point is {zero}, expected {list(want)}: {bits}-bit zero points "
+                    f"of {n} rows packed along N"
+                )
+        return WeightSpec(
+            format=self.name,
+            n=n,
+            k=k,
+            storage="packed",
+            packing=packing,
+            scale_dtype=scale_dtype,
+            scale_shape=scale_shape,
+            has_g_idx=g_idx,
+            **fields,
+        )
+
+    def parameter_names(self, spec: WeightSpec) -> tuple[str, ...]:
+        names = ["weight_packed", "weight_scale", "weight_shape"]
+        if not spec.symmetric:
+            names.append("weight_zero_point")
+        if spec.has_g_idx:
+            names.append("weight_g_idx")
+        return tuple(names)
+
+    def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
+        import torch
+
+        from ctconvert.transforms.packed import unpack
+
+        assert spec.scale_shape is not None
+        scale = tensors["weight_scale"].reshape(spec.scale_shape)
+        check_scale(scale)
+        zero_point = None
+        if not spec.symmetric:
+            packed = tensors["weight_zero_point"].t().contiguous()
+            zero_point = unpack(packed, spec.bits, spec.n, spec.packing).t().contiguous()
+        g_idx = None
+        if spec.has_g_idx:
+            g_idx = tensors["weight_g_idx"].to(torch.int32)
+            low, high = (int(bound) for bound in g_idx.aminmax())
+            if low < 0 or high >= spec.groups:
+                raise ValueError(
+                    f"weight_g_idx holds {low if low < 0 else high}, outside the "
+                    f"{spec.groups} scale groups"
+                )
+        return QuantizedWeight(
+            spec,
+            codes=tensors["weight_packed"],
+            scale=scale,
+            zero_point=zero_point,
+            g_idx=g_idx,
+            side=decode_side(tensors, spec),
+        )
+
+    def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        from ctconvert.transforms.packed import pack
+
+        spec = weight.spec
+        assert weight.scale is not None
+        made = {"weight_packed": weight.codes, "weight_scale": weight.scale}
+        if weight.zero_point is not None:
+            rows = pack(weight.zero_point.t().contiguous(), spec.bits, spec.packing)
+            made["weight_zero_point"] = rows.t().contiguous()
+        if weight.g_idx is not None:
+            made["weight_g_idx"] = weight.g_idx
+        return made

@@ -1,0 +1,119 @@
+"""``int-quantized`` and ``float-quantized``: one element a code, unpacked.
+
+Tensors of a module (N x K weight)::
+
+    weight             i8 [N, K] signed codes of at most 8 bits, or f8_e4m3 [N, K]
+    weight_scale       float [1], [N, 1], [N, K/G] or block-wise [ceil(N/bn), ceil(K/bk)]
+    weight_zero_point  i8 [N, groups], signed                         (asymmetric)
+    input_scale ...    float [1]                                      (static activations)
+
+``naive-quantized`` is the same storage under an older, more general name. Source:
+compressed-tensors, ``compressors/naive_quantized/base.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from ctconvert.formats.base import (
+    Format,
+    ModuleTensors,
+    check_scale,
+    decode_side,
+    scale_spec,
+    storage_of,
+)
+from ctconvert.quantization import ModuleScheme
+from ctconvert.specs import QuantizedWeight, WeightSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class _Quantized(Format):
+    weight_name = "weight"
+    kinds: ClassVar[tuple[str, ...]]
+
+    def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:
+        fields = storage_of(scheme, tensors)
+        kind, bits = fields["kind"], fields["bits"]
+        if kind not in self.kinds or (kind == "float" and bits != 8) or not 1 <= bits <= 8:
+            raise tensors.error(f"the config says {kind}{bits}, which {self.name} does not store")
+        element = "I8" if kind == "int" else "F8_E4M3"
+        n, k = tensors.check("weight", (element,), rank=2).shape
+        scale_dtype, scale_shape = scale_spec(tensors, fields, n, k)
+        if not fields["symmetric"]:
+            zero = tensors.check("weight_zero_point", ("I8",))
+            flat = scale_shape[1] == 1 and zero.shape in ((scale_shape[0],), ())
+            if zero.shape != scale_shape and not flat:
+                raise tensors.error(
+                    f"weight_zero_point is {zero}, expected {list(scale_shape)} like the scale"
+                )
+        return WeightSpec(
+            format=self.name,
+            n=n,
+            k=k,
+            storage="plain",
+            element=element,
+            scale_dtype=scale_dtype,
+            scale_shape=scale_shape,
+            **fields,
+        )
+
+    def parameter_names(self, spec: WeightSpec) -> tuple[str, ...]:
+        names = ("weight", "weight_scale")
+        return names if spec.symmetric else (*names, "weight_zero_point")
+
+    def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
+        import torch
+
+        assert spec.scale_shape is not None
+        scale = tensors["weight_scale"].reshape(spec.scale_shape)
+        check_scale(scale)
+        offset = 1 << (spec.bits - 1)
+        codes = tensors["weight"]
+        if spec.kind == "int" and spec.bits < 8:
+            low, high = (int(bound) for bound in codes.aminmax())
+            if low < -offset or high >= offset:
+                bad = ((codes < -offset) | (codes >= offset)).nonzero()[0].tolist()
+                raise ValueError(
+                    f"weight{bad} is {codes[bad[0], bad[1]].item()}, outside the "
+                    f"{spec.bits}-bit range"
+                )
+        zero_point = None
+        if not spec.symmetric:
+            signed = tensors["weight_zero_point"].reshape(spec.scale_shape)
+            zero_point = (signed.to(torch.int16) + offset).to(torch.uint8)
+        return QuantizedWeight(
+            spec, codes=codes, scale=scale, zero_point=zero_point, side=decode_side(tensors, spec)
+        )
+
+    def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        import torch
+
+        assert weight.scale is not None
+        made = {"weight": weight.codes, "weight_scale": weight.scale}
+        if weight.zero_point is not None:
+            offset = 1 << (weight.spec.bits - 1)
+            signed = weight.zero_point.to(torch.int16) - offset
+            made["weight_zero_point"] = signed.to(torch.int8)
+        return made
+
+
+class IntQuantized(_Quantized):
+    name = "int-quantized"
+    holds = "INT codes of at most 8 bits, one i8 each"
+    kinds = ("int",)
+
+
+class FloatQuantized(_Quantized):
+    name = "float-quantized"
+    holds = "FP8 (e4m3) values"
+    kinds = ("float",)
+
+
+class NaiveQuantized(_Quantized):
+    name = "naive-quantized"
+    holds = "i8 or FP8 values (older name)"
+    kinds = ("int", "float")

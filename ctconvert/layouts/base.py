@@ -1,0 +1,92 @@
+"""What a kernel layout is: which weights it takes, and the tensors it makes of one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Layout(ABC):
+    """A kernel layout. Stateless; knows tensors by local names (``qweight``), never by file.
+
+    The weight it is given is one that :func:`ctconvert.stacking.stack` made: a per-tensor scale
+    is already one per output channel.
+    """
+
+    #: The name in the manifest and on the command line.
+    name: ClassVar[str]
+    #: Goes up whenever the bytes of any tensor change.
+    version: ClassVar[int] = 1
+    #: One line for ``ctconvert layouts`` and the README: which weights it takes.
+    takes: ClassVar[str]
+    #: Local names of the tensors it writes, for ``ctconvert layouts`` and the README.
+    writes: ClassVar[str]
+    #: The kernels that read it, for ``ctconvert layouts`` and the README.
+    read_by: ClassVar[str]
+
+    @abstractmethod
+    def supports(self, spec: WeightSpec) -> Support:
+        """Whether the layout takes the weight; falsy with the reason where it does not."""
+
+    @abstractmethod
+    def output_specs(self, spec: WeightSpec) -> dict[str, TensorSpec]:
+        """Name, dtype and shape of every tensor :meth:`encode` makes."""
+
+    @abstractmethod
+    def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """The kernel's tensors, contiguous, on the weight's device.
+
+        Raises:
+            ValueError: the data is not what the layout can hold.
+        """
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
+        """The exact inverse of :meth:`encode`: ``tensors`` and the spec to the weight."""
+
+    def details(self, spec: WeightSpec) -> dict[str, Any]:
+        """What else a reader must know, for the manifest: ``view``, ``padded_shape``."""
+        return {}
+
+
+def side_specs(spec: WeightSpec) -> dict[str, TensorSpec]:
+    """Static activation scales ride along as f32 [1] (an exact widening)."""
+    return {name: TensorSpec("F32", (1,)) for name, _ in spec.side}
+
+
+def encode_side(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+    """The tensors of :func:`side_specs`."""
+    import torch
+
+    return {name: tensor.to(torch.float32) for name, tensor in weight.side.items()}
+
+
+def decode_side(tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> dict[str, torch.Tensor]:
+    """The inverse of :func:`encode_side`, in the source's dtypes."""
+    from ctconvert.dtypes import torch_dtype
+
+    return {name: tensors[name].to(torch_dtype(dtype)) for name, dtype in spec.side}
+
+
+def weight_only(spec: WeightSpec) -> Support:
+    """What every weight-only INT layout asks of a scheme, whatever its shapes."""
+    if spec.embedding:
+        return Support("it is an embedding table, and this layout is a matmul's")
+    if spec.family not in ("wna16", "wna8o8", "w4a8"):
+        what = f" with activations {spec.activations}" if spec.activations else ""
+        return Support(f"scheme {spec.family} ({spec.label}){what} is not weight-only INT")
+    for name, value in spec.side_zero_points:
+        if value != 0:
+            return Support(
+                f"its {name} is {value} and the kernel's activations are symmetric; the zero "
+                "point would be ignored"
+            )
+    if spec.strategy not in ("channel", "group"):
+        return Support(f"scale strategy {spec.strategy} is not channel-wise or grouped")
+    return Support()

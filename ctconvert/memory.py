@@ -1,0 +1,40 @@
+"""How much memory a plan takes; no torch import, so that a dry run stays light."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ctconvert.planning import ModulePlan, Plan
+
+#: Part of the budgets that does not depend on the largest module.
+_READ_AHEAD = 96 << 20
+_WORK = 160 << 20
+#: What the interpreter and the libraries hold before any weight is read.
+_BASE = 600 << 20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a conversion may hold: read ahead of a transform, and working in transforms."""
+
+    read: int
+    work: int
+
+
+def memory_of(plan: Plan) -> Memory:
+    """The budgets of a plan: a constant and at most 4 times the largest module."""
+    largest_read = max((item.input_bytes for item in plan.modules), default=0)
+    largest_work = max((work_bytes(item) for item in plan.modules), default=0)
+    return Memory(_READ_AHEAD + largest_read, _WORK + largest_work)
+
+
+def work_bytes(item: ModulePlan) -> int:
+    """What a module's transform holds beside its source tensors."""
+    fused = item.input_bytes if len(item.parts) > 1 else 0
+    return fused + item.output_bytes + max(item.input_bytes, item.output_bytes)
+
+
+def peak_memory(plan: Plan) -> int:
+    """An upper estimate of a conversion's private memory, in bytes."""
+    memory = memory_of(plan)
+    return _BASE + memory.read + memory.work

@@ -1,0 +1,175 @@
+"""What travels between the parts: tensor specs, weight specs, the logical weight, Support.
+
+No torch import here: planning works on headers alone and must start quickly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+#: Bits per element of every dtype a safetensors header may name.
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+
+#: Dtypes a floating-point scale may have.
+SCALE_DTYPES = ("F16", "BF16", "F32")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Dtype (safetensors name, for instance ``BF16``) and shape of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a layout takes a weight; falsy with a reason the user can act on."""
+
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+YES = Support()
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One quantised weight as a format describes it and a layout judges it; no data.
+
+    ``n`` output features (rows), ``k`` input features (columns). ``storage`` says how
+    :attr:`QuantizedWeight.codes` holds the codes:
+
+    - ``packed``: i32 [N, words], unsigned codes of ``bits`` bits, K-packed, little-endian,
+      ``packing`` being ``dense`` or ``padded`` (they differ only for 3, 5, 6 and 7 bits);
+    - ``plain``: [N, K] in ``element`` (``I8`` signed, ``F8_E4M3``, ``BF16``, ``F16``).
+
+    ``scale_shape`` is the logical 2-D shape: [1, 1] per tensor, [N, 1] per channel,
+    [N, K/G] grouped, [ceil(N/bn), ceil(K/bk)] block-wise; None where there is no scale.
+    """
+
+    format: str
+    family: str
+    kind: str  # "int" or "float"
+    bits: int
+    n: int
+    k: int
+    storage: str
+    element: str = "I32"
+    packing: str = "dense"
+    strategy: str | None = None
+    group_size: int | None = None
+    block: tuple[int, int] | None = None
+    symmetric: bool = True
+    scale_dtype: str | None = None
+    scale_shape: tuple[int, int] | None = None
+    has_g_idx: bool = False
+    sparse: bool = False
+    embedding: bool = False
+    activations: str | None = None
+    side: tuple[tuple[str, str], ...] = ()  # (name, source dtype) of side scales that are used
+    side_zero_points: tuple[tuple[str, int], ...] = ()  # static activation zero points, by value
+    widths: tuple[int, ...] = ()
+
+    @property
+    def codes_per_word(self) -> int:
+        return 32 // self.bits
+
+    @property
+    def groups(self) -> int:
+        """Scale columns: 1 per tensor or channel, K/G grouped."""
+        return self.scale_shape[1] if self.scale_shape else 1
+
+    @property
+    def label(self) -> str:
+        """For people: ``int4 sym g64``, ``fp8 channel``."""
+        parts = [f"{'fp' if self.kind == 'float' else 'int'}{self.bits}"]
+        if self.kind == "int":
+            parts.append("sym" if self.symmetric else "asym")
+        if self.strategy == "group" and self.group_size:
+            parts.append(f"g{self.group_size}")
+        elif self.strategy:
+            parts.append(self.strategy)
+        if self.has_g_idx:
+            parts.append("actorder")
+        if self.sparse:
+            parts.append("2:4")
+        if self.activations:
+            parts.append(self.activations)
+        return " ".join(parts)
+
+
+@dataclass
+class QuantizedWeight:
+    """The hub: what every format decodes to and every layout encodes from.
+
+    - ``codes``: as ``spec.storage`` says (see :class:`WeightSpec`);
+    - ``scale``: [rows, columns] of ``spec.scale_shape`` in the source's dtype, or None;
+    - ``zero_point``: u8 [N, groups], unsigned codes, or None where symmetric;
+    - ``g_idx``: i32 [K], the scale group of each column (act-order), or None;
+    - ``side``: ``input_scale`` / ``output_scale`` [1] in the source's dtype.
+    """
+
+    spec: WeightSpec
+    codes: torch.Tensor
+    scale: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
+    g_idx: torch.Tensor | None = None
+    side: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def packed(self) -> torch.Tensor:
+        """The INT codes as i32 [N, words], K-packed (packs signed i8 where stored plain)."""
+        if self.spec.storage == "packed":
+            return self.codes
+        from ctconvert.transforms.packed import pack_int8
+
+        return pack_int8(self.codes, self.spec.bits)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the weight by name, for comparison."""
+        found: dict[str, Any] = {
+            "codes": self.codes,
+            "scale": self.scale,
+            "zero_point": self.zero_point,
+            "g_idx": self.g_idx,
+            **self.side,
+        }
+        return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -1,0 +1,1 @@
+"""Bit-exact transforms between checkpoint formats and kernel layouts."""

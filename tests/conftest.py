@@ -1,0 +1,25 @@
+"""Shared by all tests: Triton's interpreter where there is no GPU, and the ``gpu`` marker."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINTS = ROOT / "tests" / "checkpoints"
+EXAMPLE = ROOT / "examples" / "smollm2-w4a16-g64"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not GPU:
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
