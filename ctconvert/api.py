@@ -182,6 +182,52 @@ def verify(
     return report
 
 
+def restore(
+    out: str | Path,
+    dest: str | Path,
+    *,
+    device: str = "auto",
+    max_shard_size: int = 5_000_000_000,
+    workers: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Turns a converted checkpoint back into the compressed-tensors one it was made from.
+
+    Codes, scales, zero points and every other tensor equal the source's bit for bit; the kept
+    values of 2:4 sparse weights may differ in the sign of zeros and in which zero is kept.
+
+    Args:
+        out: a converted checkpoint; it is verified first.
+        dest: the directory to make.
+        device, max_shard_size, workers, resume, overwrite, progress: as for :func:`repack`.
+
+    Returns:
+        the report, the content of ``ctconvert restore --json``.
+
+    Raises:
+        VerificationError: the converted checkpoint is damaged.
+        UsageError: ``dest`` exists or overlaps ``out``.
+        ConversionError: the disk is full.
+    """
+    from ctconvert import device as devices
+    from ctconvert import restoring
+
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite contradict each other; give one of them")
+    return restoring.restore(
+        Path(out),
+        Path(dest),
+        device=devices.resolve(device),
+        workers=worker_count(workers),
+        resume=resume,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        progress=progress or Silent(),
+    )
+
+
 def worker_count(workers: int | None) -> int:
     """The number of threads; at most 8 by default, more do not help one disk.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ctconvert import __version__
-from ctconvert.errors import CtconvertError, UsageError
+from ctconvert.errors import CtconvertError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from ctconvert.console import Output
@@ -36,7 +38,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and not
 Target = Annotated[
     str, typer.Option("--target", "-t", help="What the kernels run on: triton, cuda or xpu.")
 ]
-Workers = Annotated[int | None, typer.Option(help="Threads that read, transform and write.", min=1)]
+Workers = Annotated[int | None, typer.Option(help="Threads that read, transform and write.")]
+
+
+def _printable(text: str) -> str:
+    """``text`` on one line; names from a checkpoint may hold anything, terminal codes included."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager
@@ -45,8 +52,11 @@ def _failures() -> Iterator[None]:
 
     try:
         yield
+    except UnsupportedError as error:  # one line a refusal
+        print_error("\n".join(map(_printable, str(error).split("\n"))))
+        raise typer.Exit(error.exit_code) from None
     except CtconvertError as error:
-        print_error(str(error))
+        print_error(_printable(str(error)))
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         print_error("interrupted")
@@ -56,7 +66,7 @@ def _failures() -> Iterator[None]:
         raise typer.Exit(1) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print_error(f"{where}{error.strerror or error}")
+        print_error(_printable(f"{where}{error.strerror or error}"))
         raise typer.Exit(1) from None
 
 
@@ -73,7 +83,8 @@ def _main(
         typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
-    pass
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name it cannot spell is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def parse_size(text: str) -> int:
@@ -132,8 +143,10 @@ def _print_inspection(out: Output, found: dict[str, Any]) -> None:
     from ctconvert.console import collapse, size
 
     version = found["compressed_tensors_version"]
+    names = found["architectures"] or "?"  # of config.json, where anything may stand
+    names = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
     out.line(
-        f"{found['model']}: {', '.join(found['architectures'] or ['?'])}, {found['format']}"
+        f"{found['model']}: {names}, {found['format']}"
         + (f" (compressed-tensors {version})" if version else "")
     )
     out.line(
@@ -316,6 +329,48 @@ def verify(
                 f"{out}: ok, {compared['modules']} modules hold the codes and scales of {against} "
                 f"bit for bit, and {compared['copied_tensors']} tensors are its own"
             )
+
+
+@app.command()
+def restore(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted checkpoint.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Directory to make.")],
+    device: Annotated[
+        str, typer.Option(help="Where transforms run: auto, cpu, cuda, cuda:1, xpu.")
+    ] = "auto",
+    json_: Json = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
+    workers: Workers = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a killed run from its finished shards.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing DEST.")
+    ] = False,
+) -> None:
+    """Turn a converted checkpoint back into the compressed-tensors one it was made from."""
+    with _failures():
+        from ctconvert import api
+        from ctconvert.console import Output, ShownProgress, print_json, size
+
+        with nullcontext() if json_ else ShownProgress() as progress:
+            report = api.restore(
+                out,
+                dest,
+                device=device,
+                max_shard_size=parse_size(max_shard_size),
+                workers=workers,
+                resume=resume,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        if json_:
+            print_json(report)
+            return
+        Output().line(
+            f"{dest}: {report['modules']} modules restored, {report['copied_tensors']} tensors "
+            f"copied, {size(report['output_bytes'])} in {report['shards']} file(s)"
+        )
 
 
 @app.command()

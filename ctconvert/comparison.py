@@ -14,12 +14,13 @@ from ctconvert.checkpoint.source import Reader, Source
 from ctconvert.description import describe, total_bytes
 from ctconvert.dtypes import same_bits
 from ctconvert.errors import VerificationError
-from ctconvert.execution import CHUNK, decode_part, first_difference
+from ctconvert.execution import decode_part, first_difference
 from ctconvert.layouts import Layout
 from ctconvert.planning import ModulePlan
 from ctconvert.progress import Progress
 from ctconvert.specs import QuantizedWeight, TensorSpec
 from ctconvert.stacking import stacked_spec, unstack
+from ctconvert.streaming import CHUNK
 from ctconvert.verification import Output
 
 

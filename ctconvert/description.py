@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -82,6 +83,16 @@ def numbers(data: bytes, spec: TensorSpec) -> list[float]:
     if code is None:
         raise BadInputError(f"a {spec.dtype} tensor where a shape or an activation scale belongs")
     return list(struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data))
+
+
+def _few(module: str, local: str, data: bytes, spec: TensorSpec) -> list[float]:
+    try:
+        values = numbers(data, spec)
+    except BadInputError as error:
+        raise BadInputError(f"module {module}: {local}: {error}") from None
+    if local.endswith("zero_point") and not all(map(math.isfinite, values)):
+        raise BadInputError(f"module {module}: {local} is {values}, not a whole number")
+    return values[-2:]
 
 
 def describe(source: Source) -> Description:
@@ -181,7 +192,7 @@ def _module(
     for index in range(count or 1):
         local = _slice_expert(entries, metadata, index, count) if count else entries
         values = {
-            key: numbers(metadata[entry.name], entry.spec)[-2:]
+            key: _few(name, key, metadata[entry.name], entry.spec)
             for key, entry in local.items()
             if entry.name in metadata
         }

@@ -4,42 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import threading
 from collections.abc import Iterator
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    FIRST_EXCEPTION,
-    Future,
-    ThreadPoolExecutor,
-    wait,
-)
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ctconvert import __version__, formats
-from ctconvert.budget import Budget, CancelledError
+from ctconvert.budget import CancelledError
 from ctconvert.checkpoint import manifest
-from ctconvert.checkpoint.header import Shard, TensorEntry
 from ctconvert.checkpoint.source import INDEX, LocalFiles, Reader
 from ctconvert.checkpoint.staging import Staging, check_apart, complete_with
-from ctconvert.checkpoint.writer import ShardWriter, write_durably
+from ctconvert.checkpoint.writer import write_durably
 from ctconvert.description import Part
 from ctconvert.dtypes import raw_bytes, same_bits, spec_of
 from ctconvert.errors import BadInputError, ConversionError, UsageError
 from ctconvert.memory import memory_of, work_bytes
-from ctconvert.planning import Item, ModulePlan, Plan, outputs_of, summarise
+from ctconvert.planning import ModulePlan, Plan, index_of, summarise
 from ctconvert.progress import Progress
 from ctconvert.specs import QuantizedWeight, TensorSpec
 from ctconvert.stacking import stack
+from ctconvert.streaming import Copy, Stream, Work
 from ctconvert.verification import verify_files
-
-#: Bytes read or copied at once where no transform needs a whole tensor.
-CHUNK = 8 << 20
 
 
 def execute(
@@ -77,25 +67,40 @@ def execute(
     if not isinstance(files, LocalFiles):
         raise UsageError(f"{files.where}: the checkpoint must be downloaded before it is converted")
     plan.refuse()
+    if out.is_symlink() or out.name in ("", ".."):  # the partial output lies beside what is meant
+        out = out.resolve()
     check_apart(files.root, out)
+    if out.exists() and out.samefile(Path.cwd()):
+        raise UsageError(f"{out} is the current directory, which cannot be replaced; name another")
     digest = plan.digest()
-    if resume and complete_with(out, digest):
-        progress.note(f"{out} is already complete")
-        return _report(plan, out, resumed=len(plan.shards))
     shards = plan.description.source.shards
     mtimes = {name: (files.root / name).stat().st_mtime_ns for name in shards}
     staging = Staging(out, digest, mtimes)
+    check_apart(files.root, staging.root)
+    if resume and complete_with(out, digest):
+        if max(mtimes.values()) > (out / manifest.NAME).stat().st_mtime_ns:
+            raise UsageError(
+                f"{out} is complete, but the source has changed since it was made; use --overwrite "
+                "to convert it again"
+            )
+        staging.discard_committed()
+        progress.note(f"{out} is already complete")
+        if verify:
+            verify_files(out, progress, workers)
+        return _report(plan, out, resumed=len(plan.shards))
     staging.open(resume=resume, overwrite=overwrite)
     try:
         _check_space(plan, staging)
-        report = _Run(plan, files, staging, device, workers, progress).run(verify)
+        resumed = _convert(plan, files, staging, device, workers, progress)
+        if verify:
+            verify_files(staging.folder, progress, workers)
         staging.commit()
     except BadInputError:
         staging.discard()  # nothing in it can be of use: the source must change
         raise
     finally:
         staging.close()
-    return report
+    return _report(plan, out, resumed)
 
 
 def _check_space(plan: Plan, staging: Staging) -> None:
@@ -111,245 +116,82 @@ def _check_space(plan: Plan, staging: Staging) -> None:
         )
 
 
-class _Run:
-    """One conversion: the worker threads and what they share."""
+class _Convert(Work):
+    """A module: its source tensors through the layout."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        files: LocalFiles,
-        staging: Staging,
-        device: torch.device,
-        workers: int,
-        progress: Progress,
-    ) -> None:
-        self.plan = plan
-        self.files = files
-        self.staging = staging
-        self.device = device
-        self.workers = workers
-        self.progress = progress
-        memory = memory_of(plan)
-        self.read_budget = Budget(memory.read)
-        self.work_budget = Budget(memory.work)
-        self.reader = Reader(files.root)
-        self.stop = threading.Event()
-        self.lock = threading.Lock()
-        self.hashes: dict[str, str] = {}
+    def __init__(self, item: ModulePlan) -> None:
+        self.name = item.name
+        self.outputs = item.outputs
+        self.item = item
 
-    def run(self, verify: bool) -> dict[str, Any]:
-        todo = [shard for shard in self.plan.shards if not self._reused(shard)]
-        resumed = len(self.plan.shards) - len(todo)
-        if resumed:
-            self.progress.note(f"{resumed} of {len(self.plan.shards)} shards taken over")
-        total = sum(shard.size for shard in todo)
-        self.progress.phase("converting", total)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.workers))
-        try:
-            with self.reader:
-                self.reader.add(self.plan.description.source.shards)
-                self._convert(todo)
-        finally:
-            torch.set_num_threads(threads)
-        self._finish()
-        if verify:
-            verify_files(self.staging.folder, self.progress, self.workers)
-        return _report(self.plan, self.staging.out, resumed)
-
-    def _reused(self, shard: Shard) -> bool:
-        """Whether a finished shard of an earlier run is whole; if so its hashes are taken over."""
-        tensors = self.staging.shards.get(shard.name)
-        path = self.staging.folder / shard.name
-        if tensors is None or tensors.keys() != shard.specs.keys() or not path.exists():
-            return False
-        with path.open("rb") as file:
-            if path.stat().st_size != shard.size or file.read(len(shard.header)) != shard.header:
-                return False
-            for name, spec in shard.specs.items():
-                if file.tell() != shard.offsets[name]:
-                    return False
-                digest = hashlib.sha256()
-                left = spec.nbytes
-                while left:
-                    data = file.read(min(CHUNK, left))
-                    if not data:
-                        return False
-                    digest.update(data)
-                    left -= len(data)
-                if digest.hexdigest() != tensors[name]:
-                    return False
-        self.hashes |= tensors
-        return True
-
-    def _convert(self, todo: list[Shard]) -> None:
-        place = {name: shard for shard in todo for name in shard.specs}
-        items: dict[str, list[Item]] = {shard.name: [] for shard in todo}
-        for item in self.plan.items:
-            shard = place.get(next(iter(outputs_of(item))))
-            if shard is not None:
-                items[shard.name].append(item)
-        with ThreadPoolExecutor(self.workers, "convert") as pool, ThreadPoolExecutor(1) as hasher:
-            futures: set[Future[None]] = {hasher.submit(self._hash_sources)}
-            try:
-                for shard in todo:
-                    writer = _SharedShard(self, shard, len(items[shard.name]))
-                    for item in items[shard.name]:
-                        futures.add(pool.submit(self._guarded, item, writer))
-                        while len(futures) > 4 * self.workers:
-                            futures = self._reap(futures, FIRST_COMPLETED)
-                while futures:
-                    futures = self._reap(futures, FIRST_EXCEPTION)
-            finally:
-                self.stop.set()
-                self.read_budget.cancel()
-                self.work_budget.cancel()
-                pool.shutdown(wait=True, cancel_futures=True)
-
-    @staticmethod
-    def _reap(futures: set[Future[None]], until: str) -> set[Future[None]]:
-        """Raises what a finished future raised; wakes often, so that Ctrl-C is noticed."""
-        done, left = wait(futures, timeout=0.2, return_when=until)
-        for future in done:
-            future.result()
-        return left
-
-    def _hash_sources(self) -> None:
-        """The hash of every source file; it also reads ahead of the workers."""
-        buffer = memoryview(bytearray(CHUNK))
-        for name in self.plan.description.source.shards:
-            if name in self.staging.sources:
-                continue
-            digest = hashlib.sha256()
-            size = self.plan.description.source.sizes[name]
-            for start in range(0, size, CHUNK):
-                if self.stop.is_set():
-                    return
-                part = buffer[: min(CHUNK, size - start)]
-                self.reader.read_into(name, start, part)
-                digest.update(part)
-            with self.lock:
-                self.staging.finished_source(name, digest.hexdigest())
-
-    def _guarded(self, item: Item, writer: _SharedShard) -> None:
-        if self.stop.is_set():
-            return
-        try:
-            if isinstance(item, ModulePlan):
-                self._convert_module(item, writer)
-            else:
-                self._copy(item.name, [item], writer)
-            writer.item_done()
-        except CancelledError:
-            return
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-            raise ConversionError(
-                f"module {item.name}: {self.device} is out of memory ({reason}); use --device cpu "
-                "or fewer --workers"
-            ) from None
-
-    def _copy(self, name: str, entries: list[TensorEntry], writer: _SharedShard) -> None:
-        """Copies a tensor unchanged, or joins several along dimension 0."""
-        digest = hashlib.sha256()
-        position = 0
-        size = min(CHUNK, max(entry.nbytes for entry in entries))
-        with self.read_budget.hold(size):
-            buffer = memoryview(bytearray(size))
-            for entry in entries:
-                for start in range(0, entry.nbytes, CHUNK):
-                    if self.stop.is_set():
-                        raise CancelledError
-                    part = buffer[: min(CHUNK, entry.nbytes - start)]
-                    self.reader.read_into(entry.file, entry.offset + start, part)
-                    digest.update(part)
-                    writer.write(name, part, position)
-                    position += len(part)
-        self._hashed(name, digest.hexdigest())
-
-    def _hashed(self, name: str, digest: str) -> None:
-        with self.lock:
-            self.hashes[name] = digest
-
-    def _convert_module(self, item: ModulePlan, writer: _SharedShard) -> None:
-        made = [name for name in item.outputs if name.rpartition(".")[2] not in item.beside]
-        digests = {name: hashlib.sha256() for name in made}
-        for index, parts in enumerate(item.units):
-            if self.stop.is_set():
-                raise CancelledError
-            with self.read_budget.hold(item.input_bytes):
+    def run(self, stream: Stream) -> None:
+        item = self.item
+        for parts in item.units:
+            stream.check_running()
+            with stream.reading.hold(item.input_bytes):
                 sources = [
-                    {local: self.reader.tensor(entry) for local, entry in part.entries.items()}
+                    {local: stream.reader.tensor(entry) for local, entry in part.entries.items()}
                     for part in parts
                 ]
-                with self.work_budget.hold(work_bytes(item)):
-                    outputs = transform(item, parts, sources, self.device)
-                    del sources
-                    for name, tensor in outputs.items():
-                        data = raw_bytes(tensor)
-                        digests[name].update(data)
-                        writer.write(name, data, index * len(data))
-                    del outputs, data, tensor
-        for name, digest in digests.items():
-            self._hashed(name, digest.hexdigest())
+                with stream.working.hold(work_bytes(item)):
+                    for name, tensor in transform(item, parts, sources, stream.device).items():
+                        stream.put(name, raw_bytes(tensor))
+                    del tensor
         for local, entries in item.beside.items():
-            self._copy(f"{item.name}.{local}", entries, writer)
-
-    def shard_done(self, shard: Shard) -> None:
-        with self.lock:
-            tensors = {name: self.hashes[name] for name in shard.specs}
-            self.staging.finished_shard(shard.name, tensors)
-
-    def _finish(self) -> None:
-        """Everything but the shards; the manifest last."""
-        plan, folder = self.plan, self.staging.folder
-        files: dict[str, dict[str, Any]] = {}
-        for shard in plan.shards:
-            header = hashlib.sha256(shard.header).hexdigest()
-            files[shard.name] = {"size": shard.size, "sha256": header}
-        made = {"config.json": _json(output_config(plan))}
-        if len(plan.shards) > 1:
-            made[INDEX] = _json(_index(plan))
-        for name in plan.side_files:
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(target, self.files.read(name))
-        for name, data in made.items():
-            write_durably(folder / name, data)
-        for name in [*made, *plan.side_files]:
-            data = (folder / name).read_bytes()
-            files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        record = output_manifest(plan, self.staging.sources, self.hashes, files)
-        write_durably(folder / manifest.NAME, manifest.dump(record))
+            stream.copy(f"{item.name}.{local}", entries)
 
 
-class _SharedShard:
-    """A shard that several workers fill; the first opens it, the last finishes it."""
+def _convert(
+    plan: Plan,
+    files: LocalFiles,
+    staging: Staging,
+    device: torch.device,
+    workers: int,
+    progress: Progress,
+) -> int:
+    """Fills the staging folder; returns how many shards were taken over."""
+    source = plan.description.source
+    with Reader(files.root) as reader:
+        reader.add(source.shards)
+        stream = Stream(reader, staging, memory_of(plan), device, workers, progress)
 
-    def __init__(self, run: _Run, shard: Shard, items: int) -> None:
-        self.run = run
-        self.writer = ShardWriter(run.staging.folder, shard)
-        self.left = items
-        self.opened = False
-        self.lock = threading.Lock()
+        def hash_sources() -> None:
+            for name in source.shards:
+                if name not in staging.sources:
+                    with suppress(CancelledError):
+                        digest = stream.hash_file(name, source.sizes[name])
+                        stream.recorded(partial(staging.finished_source, name, digest))
 
-    def write(self, name: str, data: memoryview, start: int) -> None:
-        with self.lock:
-            if not self.opened:
-                self.writer.open()
-                self.opened = True
-        self.writer.write(name, data, start)
-        self.run.progress.advance(len(data))
+        works = [
+            _Convert(item) if isinstance(item, ModulePlan) else Copy(item) for item in plan.items
+        ]
+        resumed = stream.fill(plan.shards, works, "converting", [hash_sources])
+    _finish(plan, files, staging, stream.hashes)
+    return resumed
 
-    def item_done(self) -> None:
-        with self.lock:
-            self.left -= 1
-            last = self.left == 0
-            if last and not self.opened:
-                self.writer.open()  # every tensor of it is empty
-        if last:
-            self.writer.finish()
-            self.run.shard_done(self.writer.shard)
+
+def _finish(plan: Plan, files_in: LocalFiles, staging: Staging, hashes: dict[str, str]) -> None:
+    """Everything but the shards; the manifest last."""
+    folder = staging.folder
+    files: dict[str, dict[str, Any]] = {}
+    for shard in plan.shards:
+        header = hashlib.sha256(shard.header).hexdigest()
+        files[shard.name] = {"size": shard.size, "sha256": header}
+    made = {"config.json": _json(output_config(plan))}
+    if len(plan.shards) > 1:
+        made[INDEX] = _json(index_of(plan.shards))
+    for name in plan.side_files:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(target, files_in.pieces(name))
+    for name, data in made.items():
+        write_durably(folder / name, data)
+    written = LocalFiles(folder)
+    for name in [*made, *plan.side_files]:
+        size = (folder / name).stat().st_size
+        files[name] = {"size": size, "sha256": written.sha256(name)}
+    record = output_manifest(plan, staging.sources, hashes, files)
+    write_durably(folder / manifest.NAME, manifest.dump(record))
 
 
 def decode_part(
@@ -424,16 +266,7 @@ def first_difference(a: QuantizedWeight, b: QuantizedWeight) -> str | None:
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _index(plan: Plan) -> dict[str, Any]:
-    weight_map = {name: shard.name for shard in plan.shards for name in shard.specs}
-    total = sum(spec.nbytes for shard in plan.shards for spec in shard.specs.values())
-    return {
-        "metadata": {"total_size": total},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def output_config(plan: Plan) -> dict[str, Any]:

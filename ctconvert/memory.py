@@ -20,12 +20,17 @@ class Memory:
     read: int
     work: int
 
+    @classmethod
+    def of(cls, largest_read: int, largest_work: int) -> Memory:
+        """The budgets for the largest module: what it takes, and room to read ahead."""
+        return cls(_READ_AHEAD + largest_read, _WORK + largest_work)
+
 
 def memory_of(plan: Plan) -> Memory:
     """The budgets of a plan: a constant and at most 4 times the largest module."""
     largest_read = max((item.input_bytes for item in plan.modules), default=0)
     largest_work = max((work_bytes(item) for item in plan.modules), default=0)
-    return Memory(_READ_AHEAD + largest_read, _WORK + largest_work)
+    return Memory.of(largest_read, largest_work)
 
 
 def work_bytes(item: ModulePlan) -> int:

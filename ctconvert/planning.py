@@ -213,7 +213,7 @@ def make_plan(description: Description, options: Options) -> Plan:
         description,
         options,
         items,
-        _split(items, options.max_shard_size),
+        split([outputs_of(item) for item in items], options.max_shard_size),
         kept,
         [] if options.keep_unsupported else refusals,
         notes + description.oddities,
@@ -223,15 +223,19 @@ def make_plan(description: Description, options: Options) -> Plan:
 
 def _choose(name: str, spec: WeightSpec, options: Options) -> Layout | str:
     """The first layout that supports the weight, or the reasons why none does."""
-    reasons = []
+    reasons: list[str] = []
+    others: list[str] = []
     for layout_name in options.preference(name):
         layout = layouts.get(layout_name)
         assert layout is not None
         support = layout.supports(spec)
         if support:
             return layout
-        reasons.append(f"{layout_name}: {support.reason}")
-    return "; ".join(reasons)
+        (others if support.other_kind else reasons).append(f"{layout_name}: {support.reason}")
+    if not reasons and len(others) > 1:
+        what = "embedding tables" if spec.embedding else f"{spec.family} weights"
+        return f"no layout of target {options.target} is for {what} such as this ({spec.label})"
+    return "; ".join(reasons or others)
 
 
 def _plan_module(module: Module, options: Options) -> ModulePlan | Refusal:
@@ -348,13 +352,18 @@ def outputs_of(item: Item) -> Mapping[str, TensorSpec]:
     return item.outputs if isinstance(item, ModulePlan) else {item.name: item.spec}
 
 
-def _split(items: Sequence[Item], limit: int) -> list[Shard]:
-    """Fills shards in order; a module is never split, so one larger than the limit stands alone."""
+def split(units: Sequence[Mapping[str, TensorSpec]], limit: int) -> list[Shard]:
+    """Fills shards in order, up to ``limit`` bytes of tensors each.
+
+    The tensors of a unit of work stay together, so one larger than the limit stands alone.
+
+    Raises:
+        BadInputError: two tensors have one name.
+    """
     groups: list[dict[str, TensorSpec]] = [{}]
     seen: set[str] = set()
     size = 0
-    for item in items:
-        outputs = outputs_of(item)
+    for outputs in units:
         if clash := seen & outputs.keys():
             raise BadInputError(
                 f"two tensors of the output would be named {min(clash)}; the source already "
@@ -377,6 +386,13 @@ def _split(items: Sequence[Item], limit: int) -> list[Shard]:
             name = "model.safetensors"
         shards.append(Shard(name, header, offsets, ordered))
     return shards
+
+
+def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
+    """The content of ``model.safetensors.index.json``."""
+    weight_map = {name: shard.name for shard in shards for name in shard.specs}
+    total = sum(spec.nbytes for shard in shards for spec in shard.specs.values())
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _alignment(dtype: str) -> int:

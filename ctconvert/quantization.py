@@ -143,6 +143,8 @@ class QuantizationSettings:
     def _parse(self) -> None:
         raw = self.source
         self.format = raw.get("format")
+        if self.format not in (None, "mixed-precision"):
+            self.format = self._format(self.format, "format")
         version = re.match(r"\d+(\.\d+)*", str(raw.get("version") or ""))
         self.version = tuple(map(int, version.group().split("."))) if version else None
         self.ignore = self._strings(raw.get("ignore"), "ignore")
@@ -151,7 +153,7 @@ class QuantizationSettings:
         if not isinstance(sparsity, dict):
             raise BadInputError(f"{self.where}: quantization_config.sparsity_config is no object")
         if sparsity.get("format") not in (None, "dense"):
-            self.sparse_format = sparsity["format"]
+            self.sparse_format = self._format(sparsity["format"], "sparsity_config.format")
             self.sparse_targets = self._strings(sparsity.get("targets"), "sparsity_config.targets")
             self.sparse_ignore = self._strings(sparsity.get("ignore"), "sparsity_config.ignore")
         groups = raw.get("config_groups") or {}
@@ -164,6 +166,11 @@ class QuantizationSettings:
             )
         for name, group in groups.items():
             self._parse_group(name, group)
+
+    def _object(self, value: Any, what: str) -> dict[str, Any]:
+        if not isinstance(value or {}, dict):
+            raise BadInputError(f"{self.where}: quantization_config.{what} is no object")
+        return value or {}
 
     def _strings(self, value: Any, what: str) -> list[str]:
         if value is None:
@@ -181,14 +188,23 @@ class QuantizationSettings:
                     ) from None
         return value
 
-    def _parse_group(self, name: str, group: Any) -> None:
+    def _format(self, value: Any, what: str) -> str:
         from compressed_tensors.config import CompressionFormat
+
+        known = sorted(item.value for item in CompressionFormat)
+        if value not in known:
+            raise BadInputError(
+                f"{self.where}: quantization_config.{what}: unknown format {value!r}; the formats "
+                f"are {', '.join(known)}"
+            )
+        return str(value)
+
+    def _parse_group(self, name: str, group: Any) -> None:
         from compressed_tensors.quantization import QuantizationScheme
         from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
         from pydantic import ValidationError
 
         what = f"config_groups.{name}"
-        known = {item.value for item in CompressionFormat}
         actorder_group = False
         try:
             if isinstance(group, list):
@@ -204,11 +220,8 @@ class QuantizationSettings:
                     if actorder_group:  # a checkpoint may hold what newer versions cannot make
                         weights["actorder"] = None
                 stored = group.get("format")
-                if stored is not None and stored not in known:
-                    raise BadInputError(
-                        f"{self.where}: quantization_config.{what}.format: unknown format "
-                        f"{stored!r}; the formats are {', '.join(sorted(known))}"
-                    )
+                if stored is not None:
+                    self._format(stored, f"{what}.format")
                 scheme = QuantizationScheme.model_validate(group)
         except KeyError as error:
             raise BadInputError(f"{self.where}: quantization_config.{what}: {error}") from None
@@ -221,12 +234,11 @@ class QuantizationSettings:
             ) from None
         except NotImplementedError as error:
             raise BadInputError(f"{self.where}: quantization_config.{what}: {error}") from None
-        stored = getattr(scheme.format, "value", scheme.format)
-        if self.format not in (None, "mixed-precision") and self.format not in known:
+        except (TypeError, AttributeError) as error:  # its validators take types on trust
             raise BadInputError(
-                f"{self.where}: quantization_config.format: unknown format {self.format!r}; the "
-                f"formats are {', '.join(sorted(known))}"
-            )
+                f"{self.where}: quantization_config.{what}: a value has a wrong type ({error})"
+            ) from None
+        stored = getattr(scheme.format, "value", scheme.format)
         # a group's own format wins; one written before groups had formats leaves it to the config
         if stored is None and self.format != "mixed-precision":
             stored = self.format
@@ -275,12 +287,16 @@ class QuantizationSettings:
     @cached_property
     def transform_targets(self) -> list[tuple[list[str], list[str]]]:
         """(targets, ignore) of every transform (Hadamard or other rotation) in transform_config."""
-        config = self.source.get("transform_config") or {}
-        groups = config.get("config_groups") or {}
+        config = self._object(self.source.get("transform_config"), "transform_config")
+        groups = self._object(config.get("config_groups"), "transform_config.config_groups")
         found = []
         for name, group in groups.items():
-            for apply in group.get("apply") or []:
-                what = f"transform_config.config_groups.{name}"
+            what = f"transform_config.config_groups.{name}"
+            applied = self._object(group, what).get("apply") or []
+            if not isinstance(applied, list):
+                raise BadInputError(f"{self.where}: quantization_config.{what}.apply is no list")
+            for entry in applied:
+                apply = self._object(entry, f"{what}.apply")
                 found.append(
                     (
                         self._strings(apply.get("targets"), f"{what}.targets"),

@@ -60,15 +60,17 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a layout takes a weight; falsy with a reason the user can act on."""
+    """Whether a layout takes a weight; falsy with a reason the user can act on.
+
+    ``other_kind`` marks a weight that the layout is not for at all, which needs no mention where
+    another layout is for it.
+    """
 
     reason: str = ""
+    other_kind: bool = False
 
     def __bool__(self) -> bool:
         return not self.reason
-
-
-YES = Support()
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class WeightSpec:
     sparse: bool = False
     embedding: bool = False
     activations: str | None = None
+    input_type: str | None = None  # dtype of quantised inputs: "I8", "F8_E4M3" or another
+    input_symmetric: bool = True
     side: tuple[tuple[str, str], ...] = ()  # (name, source dtype) of side scales that are used
     side_zero_points: tuple[tuple[str, int], ...] = ()  # static activation zero points, by value
     widths: tuple[int, ...] = ()
@@ -122,6 +126,8 @@ class WeightSpec:
     def label(self) -> str:
         """For people: ``int4 sym g64``, ``fp8 channel``."""
         parts = [f"{'fp' if self.kind == 'float' else 'int'}{self.bits}"]
+        if self.element in ("F16", "BF16"):
+            parts = [self.element.lower()]
         if self.kind == "int":
             parts.append("sym" if self.symmetric else "asym")
         if self.strategy == "group" and self.group_size:

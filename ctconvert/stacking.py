@@ -34,6 +34,8 @@ _ALIKE = (
     "sparse",
     "embedding",
     "activations",
+    "input_type",
+    "input_symmetric",
     "side",
     "side_zero_points",
 )

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ctconvert.checkpoint import manifest
-from ctconvert.checkpoint.header import TensorEntry
+from ctconvert.checkpoint.header import MAX_HEADER, TensorEntry
 from ctconvert.checkpoint.source import LocalFiles, Reader, Source, read_header
+from ctconvert.description import Description
 from ctconvert.errors import BadInputError, UsageError, VerificationError
 from ctconvert.progress import Progress
 from ctconvert.specs import TensorSpec
@@ -61,7 +62,7 @@ class Output:
     def _open_shard(self, name: str, digest: str) -> None:
         length = int.from_bytes(self.files.read(name, 0, 8), "little")
         # a damaged length must not make us read a file of any size
-        header = self.files.read(name, 0, 8 + min(length, self.sizes[name]))
+        header = self.files.read(name, 0, 8 + min(length, MAX_HEADER))
         if hashlib.sha256(header).hexdigest() != digest:
             raise VerificationError(f"{self.folder / name}: damaged: its header has changed")
         try:
@@ -91,10 +92,9 @@ def verify_files(folder: Path, progress: Progress, workers: int) -> dict[str, An
     records = output.records()
     progress.phase("verifying", sum(entry.nbytes for entry in output.tensors.values()))
     for name, record in output.manifest["files"].items():
-        if not name.endswith(".safetensors"):
-            data = output.files.read(name)
-            if hashlib.sha256(data).hexdigest() != record["sha256"]:
-                raise VerificationError(f"{folder / name}: damaged: its contents have changed")
+        whole = not name.endswith(".safetensors")
+        if whole and output.files.sha256(name) != record["sha256"]:
+            raise VerificationError(f"{folder / name}: damaged: its contents have changed")
     with Reader(folder) as reader:
         reader.add(name for name in output.manifest["files"] if name.endswith(".safetensors"))
 
@@ -121,6 +121,18 @@ def verify_files(folder: Path, progress: Progress, workers: int) -> dict[str, An
         "files": len(output.manifest["files"]) + 1,
         "bytes": sum(output.sizes[name] for name in output.manifest["files"]),
     }
+
+
+def _same_meaning(output: Output, description: Description) -> None:
+    """The same codes can mean other weights; raises VerificationError where they would."""
+    for name, record in output.manifest["modules"].items():
+        spec = description.modules[record["parts"][0]["name"]].experts[0].spec
+        for what in ("bits", "symmetric", "group_size"):
+            if record[what] != getattr(spec, what):
+                raise VerificationError(
+                    f"module {name}: {what} is {record[what]} in the output and "
+                    f"{getattr(spec, what)} in {description.source.files.where}"
+                )
 
 
 def _file_order(entry: TensorEntry) -> tuple[str, int]:
@@ -187,6 +199,7 @@ def verify_against(
         made.add(name for name in output.manifest["files"] if name.endswith(".safetensors"))
         original.add(source.shards)
         comparison = Comparison(output, source, made, original, progress)
+        _same_meaning(output, comparison.description)
         progress.phase("comparing", comparison.total)
         for_each(comparison.work, lambda item, stop: item(stop), workers)
     return {

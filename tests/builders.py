@@ -184,3 +184,33 @@ def layer(
         made = quantised(n, k, group, seed * 100 + index, scale_dtype)
         tensors |= {f"{name}.{local}": tensor for local, tensor in made.items()}
     return tensors
+
+
+def sparse24(
+    n: int,
+    k: int,
+    group: Mapping[str, Any],
+    seed: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, torch.Tensor]:
+    """A 2:4 sparse module as ``sparse-24-bitmask`` stored it, some kept values being zero.
+
+    Built from the format's definition: compressed-tensors can no longer write it.
+    """
+    made = torch.Generator().manual_seed(seed)
+    state: dict[str, torch.Tensor] = {}
+    if group["weights"]:
+        stored = {"int": "int-quantized", "float": "float-quantized"}[group["weights"]["type"]]
+        state = quantised(n, k, dict(group) | {"format": stored}, seed)
+        dense = state.pop("weight")
+    else:
+        dense = torch.randn((n, k), generator=made).to(dtype)
+    raw = dense.view({1: torch.int8, 2: torch.int16}[dense.element_size()])
+    raw[torch.rand((n, k), generator=made) < 0.1] = 0
+    order = torch.rand((n, k // 4, 4), generator=made).argsort(-1)
+    kept = (order < 2).reshape(n, k)
+    state["compressed"] = raw[kept].reshape(n, k // 2).view(dense.dtype)
+    padded = torch.nn.functional.pad(kept, (0, -k % 8)).reshape(n, -1, 8).to(torch.uint8)
+    state["bitmask"] = (padded << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+    state["shape"] = torch.tensor([[n], [k]])
+    return {name: tensor.contiguous() for name, tensor in state.items()}

@@ -19,7 +19,7 @@ from ctconvert.console import collapse
 from ctconvert.errors import UsageError
 from ctconvert.layouts import LAYOUTS
 
-VERBS = ("inspect", "repack", "verify", "layouts")
+VERBS = ("inspect", "repack", "verify", "restore", "layouts")
 
 
 def run(*args: str | Path) -> tuple[int, str, str]:
@@ -31,7 +31,9 @@ def test_help_is_quick() -> None:
     times = []
     for _ in range(3):
         begin = time.monotonic()
-        subprocess.run([sys.executable, "-m", "ctconvert", "--help"], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "ctconvert", "--help"], check=True, capture_output=True
+        )
         times.append(time.monotonic() - begin)
     assert min(times) < 0.5, times
 
@@ -131,7 +133,7 @@ def test_sizes(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "5iB", "-1GB", "0", "5 apples"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(UsageError, match="size|shard"):
+    with pytest.raises(UsageError, match=r"size|shard"):
         parse_size(text)
 
 

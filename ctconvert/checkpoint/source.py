@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors$")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
+_PIECE = 8 << 20
 #: Other tools' weights: never converted, never copied.
 OTHER_WEIGHTS = (
     ".safetensors",
@@ -62,6 +66,20 @@ class Files(ABC):
     def path(self, name: str) -> str:
         """The file for messages."""
         return f"{self.where}/{name}"
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """A whole file, a few MB at a time."""
+        offset = 0
+        while data := self.read(name, offset, _PIECE):
+            yield data
+            offset += len(data)
+
+    def sha256(self, name: str) -> str:
+        """The hash of a file, in hexadecimal."""
+        digest = hashlib.sha256()
+        for data in self.pieces(name):
+            digest.update(data)
+        return digest.hexdigest()
 
 
 class LocalFiles(Files):
@@ -108,7 +126,9 @@ class HubFiles(Files):
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         path = f"{self.id}@{self.revision}/{name}"
         end = self._sizes[name] if length is None else min(offset + length, self._sizes[name])
-        return self._system.cat_file(path, start=offset, end=end)
+        with _hub_failures(self.where):
+            # without a cache only the range itself is fetched, not megabytes of weights after it
+            return self._system.cat_file(path, start=offset, end=end, cache_type="none")
 
 
 def open_files(model: str, *, download: bool) -> Files:
@@ -134,6 +154,33 @@ def open_files(model: str, *, download: bool) -> Files:
 
 def _open_hub(model: str, download: bool) -> Files:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    repo, _, revision = model.partition("@")
+    with _hub_failures(model):
+        if not download:
+            try:
+                return HubFiles(repo, revision or None)
+            except (HTTPError, OSError) as error:
+                if isinstance(error, HfHubHTTPError):  # the Hub has answered
+                    raise
+        ignored = [f"*{end}" for end in OTHER_WEIGHTS if "safetensors" not in end]
+        found = snapshot_download(
+            repo,
+            revision=revision or None,
+            ignore_patterns=ignored,
+            local_files_only=not download,  # it cannot be reached: what an earlier run has left
+        )
+    root = Path(found)
+    return LocalFiles(root, id=repo, revision=root.name)
+
+
+@contextmanager
+def _hub_failures(model: str) -> Iterator[None]:
+    """Turns what huggingface_hub raises into one line."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -144,24 +191,21 @@ def _open_hub(model: str, download: bool) -> Files:
         RevisionNotFoundError,
     )
 
-    repo, _, revision = model.partition("@")
     try:
-        if not download:
-            return HubFiles(repo, revision or None)
-        ignored = [f"*{end}" for end in OTHER_WEIGHTS if "safetensors" not in end]
-        root = Path(snapshot_download(repo, revision=revision or None, ignore_patterns=ignored))
-        return LocalFiles(root, id=repo, revision=root.name)
+        yield
+        return
     except GatedRepoError:
         reason = "the repository is gated: accept its terms and log in with `hf auth login`"
     except RepositoryNotFoundError:
         reason = "no such directory, and no such repository on the Hub (or log in: `hf auth login`)"
     except RevisionNotFoundError:
-        reason = f"the repository has no revision {revision!r}"
+        reason = f"the repository has no revision {model.partition('@')[2]!r}"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         reason = "no such directory, and the Hub cannot be reached and holds no cached copy"
     except (HFValidationError, HTTPError, OSError) as error:
-        reason = f"no such directory, and the Hub gave: {str(error).splitlines()[0]}"
-    raise UsageError(f"{model}: {reason}")
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = f"no such directory, and the Hub gave: {first}"
+    raise UsageError(f"{model}: {reason}") from None
 
 
 @dataclass
@@ -336,11 +380,17 @@ class Reader:
         """Fills ``buffer`` from a file.
 
         Raises:
-            ConversionError: the file ends early (it changed after its header was read).
+            ConversionError: the file ends early (it changed after its header was read), or the
+                file system cannot read it.
         """
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._open[name], [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(self._open[name], [buffer[done:]], offset + done)
+            except OSError as error:
+                raise ConversionError(
+                    f"{self.root / name}: cannot read: {error.strerror}"
+                ) from None
             if count == 0:
                 raise ConversionError(
                     f"{self.root / name}: ends at byte {offset + done}; it changed while it was "

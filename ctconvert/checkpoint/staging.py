@@ -2,7 +2,8 @@
 
 A kill at any moment leaves under OUT what was there before, or the complete checkpoint: the
 checkpoint is built in ``OUT.partial/checkpoint`` and renamed to OUT at the very end. A journal
-beside it says which shards are finished, so that ``--resume`` can take them over.
+beside it says which shards are finished, so that ``--resume`` can take them over. The journal is
+made first and removed last: a directory without it is not ours, and is left alone.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ctconvert.checkpoint import manifest
 from ctconvert.checkpoint.writer import cannot_write, fsync_directory
 from ctconvert.errors import UsageError
+
+_CHECKPOINT, _JOURNAL, _OLD = "checkpoint", "journal.jsonl", "old"
 
 
 class Staging:
@@ -31,8 +35,9 @@ class Staging:
     def __init__(self, out: Path, digest: str, sources: dict[str, int]) -> None:
         self.out = out
         self.root = out.with_name(out.name + ".partial")
-        self.folder = self.root / "checkpoint"
-        self._journal = self.root / "journal.jsonl"
+        self.folder = self.root / _CHECKPOINT
+        self._journal = self.root / _JOURNAL
+        self._old = self.root / _OLD
         self._state: dict[str, Any] = {"digest": digest, "sources": sources}
         self._lock: int | None = None
         self.shards: dict[str, dict[str, str]] = {}
@@ -45,56 +50,94 @@ class Staging:
             UsageError: there is an output or a partial one and neither flag says what to do
                 with it, a partial one is of another conversion, or another run is writing it.
         """
-        if self.out.exists() and not (resume or overwrite or _is_empty(self.out)):
-            raise UsageError(f"{self.out} exists; choose another place, or use --overwrite")
+        unfinished = self._journal.exists()
+        if _in_use(self.out) and not (overwrite or (resume and unfinished)):
+            raise UsageError(
+                f"{self.out} exists"
+                + (", and there is no unfinished conversion of it to resume" if resume else "")
+                + "; choose another place, or use --overwrite"
+            )
         if self.out.is_mount():
             raise UsageError(f"{self.out} is a mount point; name a directory inside it")
-        if self.root.exists() and not (resume or overwrite):
+        if self.root.exists() and not (self.root.is_dir() and (unfinished or _is_empty(self.root))):
             raise UsageError(
-                f"{self.root} holds an unfinished conversion; use --resume to continue it or "
-                "--overwrite to start again"
+                f"{self.root} is in the way, and it is no unfinished conversion; move it or choose "
+                "another place"
             )
+        opened = False
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            if unfinished and not (resume or overwrite):
+                raise UsageError(
+                    f"{self.root} holds an unfinished conversion; use --resume to continue it or "
+                    "--overwrite to start again"
+                )
+            if self._old.exists() and not self.out.exists():  # killed between commit's two renames
+                self._old.rename(self.out)
             if not (resume and self._load()):
                 self._clear()
+                self._append(self._state | {"overwrite": overwrite})
                 self.folder.mkdir()
-                self._append(self._state)
+            opened = True
         except OSError as error:
             raise cannot_write(self.root, error) from None
+        finally:
+            if not opened:
+                self.close()
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.root, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.close()
             raise UsageError(f"{self.root} is being written by another run") from None
 
     def _clear(self) -> None:
-        for path in self.root.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in (self.folder, self._old, self._journal):
+            _remove(path)
 
     def _load(self) -> bool:
         """Reads the journal; False where there is nothing to resume."""
         if not self._journal.exists() or not self.folder.is_dir():
             return False
-        for line in self._journal.read_text().splitlines():
+        first, *rest = self._read_journal() or [{}]
+        if "digest" not in first:
+            return False
+        overwrite = first.pop("overwrite", False)
+        if first != self._state:
+            raise UsageError(
+                f"{self.root} was made from another source, with other options or by another "
+                "version; use --overwrite to start again"
+            )
+        if _in_use(self.out) and not overwrite:
+            raise UsageError(
+                f"{self.out} exists now, and the unfinished conversion was not to replace it; "
+                "choose another place, or use --overwrite"
+            )
+        for entry in rest:
+            match entry:
+                case {"shard": str(name), "tensors": dict(tensors)}:
+                    self.shards[name] = tensors
+                case {"source": str(name), "sha256": str(digest)}:
+                    self.sources[name] = digest
+        return True
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        """The journal's entries; a last line that a kill cut short is removed."""
+        found: list[dict[str, Any]] = []
+        size = 0
+        for line in self._journal.read_bytes().splitlines(keepends=True):
             try:
                 entry = json.loads(line)
             except ValueError:
-                break  # the line being written when the run was killed
-            if "digest" in entry and entry != self._state:
-                raise UsageError(
-                    f"{self.root} was made from another source, with other options or by another "
-                    "version; use --overwrite to start again"
-                )
-            if "shard" in entry:
-                self.shards[entry["shard"]] = entry["tensors"]
-            if "source" in entry:
-                self.sources[entry["source"]] = entry["sha256"]
-        return True
+                break
+            if not isinstance(entry, dict) or not line.endswith(b"\n"):
+                break
+            found.append(entry)
+            size += len(line)
+        os.truncate(self._journal, size)
+        return found
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self._journal.open("a") as file:
@@ -120,13 +163,12 @@ class Staging:
 
     def commit(self) -> None:
         """Makes the complete checkpoint appear under OUT and removes the rest."""
-        old = self.root / "old"
         try:
-            fsync_directory(self.folder)
-            if old.exists():
-                shutil.rmtree(old)
-            if self.out.exists() and not _is_empty(self.out):
-                self.out.rename(old)
+            for folder, _, _ in os.walk(self.folder):
+                fsync_directory(Path(folder))
+            _remove(self._old)
+            if _in_use(self.out):
+                self.out.rename(self._old)
             self.folder.rename(self.out)
             fsync_directory(self.out.parent)
             self.discard()
@@ -135,8 +177,16 @@ class Staging:
 
     def discard(self) -> None:
         """Removes the partial output."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        with suppress(OSError):
+            self._clear()
+            self.root.rmdir()
         self.close()
+
+    def discard_committed(self) -> None:
+        """Removes what a run that was killed just after its commit has left."""
+        if self._journal.exists() and not self.folder.exists():
+            self._take_lock()
+            self.discard()
 
     def close(self) -> None:
         """Gives up the lock; what is finished stays for ``--resume``."""
@@ -147,6 +197,17 @@ class Staging:
 
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
+
+
+def _in_use(path: Path) -> bool:
+    return path.exists() and not _is_empty(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def complete_with(out: Path, digest: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from ctconvert.checkpoint.header import Shard
@@ -32,8 +33,12 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a small file whole: beside it, fsync, rename.
+def write_durably(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Writes a file whole: beside it, fsync, rename.
+
+    Args:
+        path: the file.
+        data: its content, or pieces of it.
 
     Raises:
         ConversionError: the file system refuses.
@@ -41,7 +46,7 @@ def write_durably(path: Path, data: bytes) -> None:
     beside = path.with_name(path.name + _PARTIAL)
     try:
         with beside.open("wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

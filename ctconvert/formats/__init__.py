@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ctconvert.formats.base import Format, ModuleTensors
+from ctconvert.formats.mxfp4 import MXFP4Packed
 from ctconvert.formats.pack_quantized import PackQuantized
 from ctconvert.formats.quantized import FloatQuantized, IntQuantized, NaiveQuantized
+from ctconvert.formats.sparse24_bitmask import Sparse24Bitmask
 
 #: Every format that can be read, by compressed-tensors' name.
 FORMATS: tuple[Format, ...] = (
@@ -12,6 +14,8 @@ FORMATS: tuple[Format, ...] = (
     IntQuantized(),
     FloatQuantized(),
     NaiveQuantized(),
+    MXFP4Packed(),
+    Sparse24Bitmask(),
 )
 
 #: compressed-tensors formats that are known and not read, with the reason.
@@ -24,8 +28,6 @@ UNREAD: dict[str, str] = {
     "nvfp4-pack-quantized": "no layout takes NVFP4 yet; vLLM reads it directly",
     "mxfp6-pack-quantized": "no layout takes MXFP6 yet",
     "mxfp8-quantized": "no layout takes MXFP8 yet; vLLM reads it directly",
-    "sparse-24-bitmask": "no layout takes 2:4 sparse weights yet",
-    "mxfp4-pack-quantized": "no layout takes MXFP4 yet",
 }
 
 __all__ = ["FORMATS", "UNREAD", "Format", "ModuleTensors", "get"]

@@ -13,6 +13,7 @@ from ctconvert.specs import SCALE_DTYPES, QuantizedWeight, TensorSpec, WeightSpe
 
 if TYPE_CHECKING:
     import torch
+    from compressed_tensors.quantization import QuantizationArgs
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def storage_of(scheme: ModuleScheme, tensors: ModuleTensors) -> dict[str, Any]:
             "the config and the tensors contradict each other"
         )
     side, zero_points = side_scales(scheme, tensors)
+    inputs = scheme.scheme.input_activations if scheme.scheme else None
     return {
         "family": family(scheme, scheme.format, tensors.embedding),
         "kind": args.type,
@@ -122,9 +124,18 @@ def storage_of(scheme: ModuleScheme, tensors: ModuleTensors) -> dict[str, Any]:
         "symmetric": args.symmetric,
         "embedding": tensors.embedding,
         "activations": activations_label(scheme.scheme),
+        "input_type": _element(inputs) if inputs else None,
+        "input_symmetric": inputs is None or inputs.symmetric,
         "side": side,
         "side_zero_points": zero_points,
     }
+
+
+def _element(args: QuantizationArgs) -> str:
+    """The dtype of values quantised so: ``I8``, ``F8_E4M3``, or a name for people."""
+    if args.num_bits == 8:
+        return "I8" if args.type == "int" else "F8_E4M3"
+    return f"{args.type}{args.num_bits}"
 
 
 def side_scales(

@@ -77,10 +77,11 @@ def decode_side(tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> dict[s
 def weight_only(spec: WeightSpec) -> Support:
     """What every weight-only INT layout asks of a scheme, whatever its shapes."""
     if spec.embedding:
-        return Support("it is an embedding table, and this layout is a matmul's")
+        return Support("it is an embedding table, and this layout is a matmul's", other_kind=True)
     if spec.family not in ("wna16", "wna8o8", "w4a8"):
-        what = f" with activations {spec.activations}" if spec.activations else ""
-        return Support(f"scheme {spec.family} ({spec.label}){what} is not weight-only INT")
+        return Support(
+            f"scheme {spec.family} ({spec.label}) is not weight-only INT", other_kind=True
+        )
     for name, value in spec.side_zero_points:
         if value != 0:
             return Support(

@@ -38,11 +38,12 @@ WORD_BITS = (2, 4, 8)
 # GRAIN_SIZE). Blocks are cut to it: the temporaries stay in the L2 cache, and the threads of this
 # file, or of the caller, never wait for one another's OpenMP teams.
 _GRAIN = 32768
-# Codes of one block of the plain path, which is not tuned.
+# Codes of one block of the plain path: on an accelerator launches, not bytes, are what it spends.
 _BLOCK_CODES = 4 << 20
+_DEVICE_BLOCK_CODES = 64 << 20
 # Under this many bytes a thread costs more than it brings.
 _THREADED_BYTES = 8 << 20
-_ROWS = 1024  # rows of one transposed block: runs of 512 bytes of output for b = 4
+_ROWS = 512  # rows of one transposed block: runs of 256 bytes of output for b = 4
 
 
 def codes_per_word(bits: int) -> int:
@@ -81,7 +82,7 @@ def pack(codes: torch.Tensor, bits: int, packing: str = "dense") -> torch.Tensor
         return out
     period = _period(bits, packing)
     periods = -(-k // period.codes)
-    for rows in _slices(n, _BLOCK_CODES // max(k, 1)):
+    for rows in _plain_blocks(codes, k):
         block = codes[rows]
         if int(block.max()) >> bits:
             _raise_out_of_range(block, rows.start, 0, (1 << bits) - 1, bits)
@@ -114,7 +115,7 @@ def unpack(words: torch.Tensor, bits: int, k: int, packing: str = "dense") -> to
         return out
     period = _period(bits, packing)
     periods = -(-k // period.codes)
-    for rows in _slices(n, _BLOCK_CODES // k):
+    for rows in _plain_blocks(words, k):
         block = words[rows]
         if found != periods * period.words:
             block = torch.nn.functional.pad(block, (0, periods * period.words - found))
@@ -168,7 +169,7 @@ def transpose_packed(
 
     ``bits`` is 2, 4 or 8. Safe to call from several threads; called from the main thread it uses
     up to ``torch.get_num_threads()`` threads of its own on the CPU. Beside input and output it
-    needs under 1 MiB a thread.
+    needs under 2 MiB a thread.
 
     The algorithm is the recursive block-swap transpose of Warren, "Hacker's Delight", section 7-3,
     over fields of b, 2b, .. 8 bits, then a strided copy of 16-bit elements.
@@ -229,7 +230,7 @@ def _raise_out_of_range(
     block: torch.Tensor, first_row: int, low: int, high: int, bits: int
 ) -> None:
     """Names the first value of ``block`` outside [low, high]; the block has at least one."""
-    for rows in _slices(block.shape[0], _BLOCK_CODES // max(block.shape[1], 1)):
+    for rows in _plain_blocks(block, block.shape[1]):
         part = block[rows]
         bad = part > high if low == 0 else (part < low) | (part > high)
         if bool(bad.any()):
@@ -247,6 +248,11 @@ def _slices(n: int, length: int) -> Iterator[slice]:
     length = max(length, 1)
     for start in range(0, n, length):
         yield slice(start, min(start + length, n))
+
+
+def _plain_blocks(tensor: torch.Tensor, k: int) -> Iterator[slice]:
+    codes = _BLOCK_CODES if tensor.device.type == "cpu" else _DEVICE_BLOCK_CODES
+    return _slices(tensor.shape[0], codes // max(k, 1))
 
 
 def _spread(work: Callable[[Sequence[T]], None], items: Sequence[T], tensor: torch.Tensor) -> None:
@@ -387,7 +393,7 @@ def _pack_bytes(values: torch.Tensor, bits: int, offset: int) -> torch.Tensor:
             if flip or bits == 8:
                 torch.bitwise_xor(x, flip, out=out[rows])
 
-    blocks = list(_slices(n, _GRAIN * wide.itemsize // padded))
+    blocks = list(_slices(n, _GRAIN * (wide.itemsize if aligned else 1) // padded))
     _spread(work, blocks, values)
     return out
 
@@ -427,7 +433,7 @@ def _unpack_bytes(words: torch.Tensor, bits: int, out: torch.Tensor, offset: int
             if k != padded:
                 out[rows].copy_(whole.view(out.dtype)[:, :k])
 
-    blocks = list(_slices(n, _GRAIN * wide.itemsize // padded))
+    blocks = list(_slices(n, _GRAIN * (wide.itemsize if k == padded else 1) // padded))
     _spread(work, blocks, out)
 
 
@@ -445,20 +451,16 @@ class _Transposer:
     def __init__(self, bits: int, rows: int, width: int, device: torch.device) -> None:
         self.group = group = 16 // bits
         half, n = group // 2, rows // group
-        # 64 bytes more a row: rows a power of two apart would share the sets of the L1 cache.
-        stride = width + 16
-        planes = torch.empty((group, n, stride), dtype=torch.int32, device=device)
-        planes[:, :, width:] = 0
-        swap = torch.empty((half, n, stride), dtype=torch.int32, device=device)
-        swap[:, :, width:] = 0
-        self.first = swap[:, :, :width], planes[:half, :, :width], planes[half:, :, :width]
+        planes = torch.empty((group, n, width), dtype=torch.int32, device=device)
+        swap = torch.empty((half, n, width), dtype=torch.int32, device=device)
+        self.first = swap, planes[:half], planes[half:]
         self.steps = []  # (shift, mask, rows with the bit clear, rows with it set, scratch)
         for level, shift in enumerate(s for s in (4, 2) if s >= bits):
             pairs = planes.unflatten(0, (2 << level, 2, -1))
             clear, set_ = pairs[:, 0], pairs[:, 1]
             mask = {4: 0x0F0F0F0F, 2: 0x33333333}[shift]
             self.steps.append((shift, mask, clear, set_, swap.view(clear.shape)))
-        halves = planes.view(torch.int16)[:, :, : 2 * width]
+        halves = planes.view(torch.int16)
         self.copies = [  # (plane, half words of a row, the 16-bit elements [half word, row])
             (plane, columns, halves[plane, :, columns].t())
             for plane in range(group)
@@ -492,7 +494,9 @@ def _transpose(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
         return out
     whole_r, whole_w = r - r % f, columns // f
     height = min(_ROWS, max(whole_r, f))
+    # An odd number of 64-byte lines: rows a power of two apart would share the L1 cache's sets.
     width = max(2 * _GRAIN // height, 1)
+    width = (width // 16 - 1 | 1) * 16 if width >= 16 else width
 
     def halves(tensor: torch.Tensor) -> torch.Tensor:
         # [columns, row words] as [half words of a source row, column in it, 16-bit row elements]

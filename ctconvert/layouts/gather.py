@@ -1,0 +1,100 @@
+"""``gather``: quantised embedding tables, dequantised on look-up.
+
+Before (logical weight, V rows x H columns, 2 to 8 bits)::
+
+    codes       i32 [V, words]      packed along H, dense or padded as in the source
+    scale       [V, H/G] or [V, 1]
+    zero_point  u8 [V, groups]      asymmetric
+
+After::
+
+    weight_packed      i32 [V, words]  the same words, in the source's packing
+    weight_scale       [V, groups]     in the source's dtype
+    weight_zero_point  u8 [V, groups]  unsigned codes   asymmetric
+
+The manifest's ``packing`` says which of the two packings 3, 5, 6 and 7 bits have. The layout of
+vLLM's embedding gather kernel for compressed-tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ctconvert.layouts.base import Layout
+from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _words(spec: WeightSpec) -> int:
+    if spec.packing == "dense":
+        return -(-spec.k * spec.bits // 32)
+    return -(-spec.k // spec.codes_per_word)
+
+
+class Gather(Layout):
+    name = "gather"
+    takes = "embedding tables, INT of 2 to 8 bits, grouped or channel-wise"
+    writes = "weight_packed, weight_scale, weight_zero_point"
+    read_by = "embedding gather kernels"
+
+    def supports(self, spec: WeightSpec) -> Support:
+        if not spec.embedding:
+            return Support("it is no embedding table", other_kind=True)
+        if spec.family != "embedding" or not 2 <= spec.bits <= 8:
+            return Support(f"{spec.label} codes; it takes INT of 2 to 8 bits")
+        if spec.strategy not in ("channel", "group"):
+            return Support(f"scale strategy {spec.strategy} is not channel-wise or grouped")
+        if spec.has_g_idx:
+            return Support("act-order columns (weight_g_idx); its groups are contiguous")
+        if spec.activations:
+            return Support(f"activations {spec.activations}; a look-up has none")
+        return Support()
+
+    def output_specs(self, spec: WeightSpec) -> dict[str, TensorSpec]:
+        assert spec.scale_dtype is not None
+        assert spec.scale_shape is not None
+        specs = {
+            "weight_packed": TensorSpec("I32", (spec.n, _words(spec))),
+            "weight_scale": TensorSpec(spec.scale_dtype, spec.scale_shape),
+        }
+        if not spec.symmetric:
+            specs["weight_zero_point"] = TensorSpec("U8", spec.scale_shape)
+        return specs
+
+    def details(self, spec: WeightSpec) -> dict[str, Any]:
+        return {"packing": spec.packing}
+
+    def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        import torch
+
+        from ctconvert.transforms.packed import pack
+
+        spec = weight.spec
+        assert weight.scale is not None
+        codes = weight.codes
+        if spec.storage == "plain":
+            offset = 1 << (spec.bits - 1)
+            codes = pack((codes.view(torch.uint8) + offset).bitwise_and_(2 * offset - 1), spec.bits)
+        made = {"weight_packed": codes, "weight_scale": weight.scale}
+        if weight.zero_point is not None:
+            made["weight_zero_point"] = weight.zero_point
+        return made
+
+    def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
+        import torch
+
+        from ctconvert.transforms.packed import unpack
+
+        codes = tensors["weight_packed"]
+        if spec.storage == "plain":
+            offset = 1 << (spec.bits - 1)
+            codes = (unpack(codes, spec.bits, spec.k) - offset).view(torch.int8)
+        return QuantizedWeight(
+            spec,
+            codes=codes,
+            scale=tensors["weight_scale"],
+            zero_point=tensors.get("weight_zero_point"),
+        )

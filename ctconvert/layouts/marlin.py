@@ -1,0 +1,263 @@
+"""``marlin`` and ``marlin-mxfp4``: tensor-core tiles of the Marlin mixed-precision GEMM.
+
+Before (logical weight, N x K, b = 4 or 8 bits, f = 32/b)::
+
+    codes       i32 [N, K/f]            K-packed
+    scale       [N, K/G] or [N, 1]      MXFP4: E8M0 bytes [N, K/32]
+    zero_point  u8 [N, groups]          asymmetric
+    g_idx       i32 [K]                 act-order
+
+After, ``marlin``::
+
+    qweight              i32 [Kp/16, Np*16/f]   tiles
+    scales               [groups, Np]           reordered along N, in the source's dtype
+    qzeros               i32 [groups, Np/f]     reordered and packed along N    asymmetric
+    g_idx_sort_indices   i32 [K]                column j of the tiles is the weight's column [j]
+
+After, ``marlin-mxfp4``::
+
+    weight        i32 [Kp/16, Np*2]
+    weight_scale  E8M0 bytes [Kp/32, Np]
+
+Np x Kp is N x K, or the next shape that the kernel's tiles fit; what is added has code 0 and scale
+0 (byte 0 of E8M0 is the smallest scale; code 0 is 0.0). The orders are those of
+:mod:`ctconvert.transforms.marlin`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs, weight_only
+from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
+
+if TYPE_CHECKING:
+    import torch
+
+#: Group sizes the kernel is built for, besides channel-wise.
+GROUP_SIZES = (32, 64, 128)
+
+
+def padded_shape(n: int, k: int) -> tuple[int, int]:
+    """The smallest N x K that the kernel's tiles fit: (64, 128) or (128, 64) at a time."""
+
+    def up(value: int, multiple: int) -> int:
+        return -(-value // multiple) * multiple
+
+    shapes = ((up(n, 64), up(k, 128)), (up(n, 128), up(k, 64)))
+    return min(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
+
+
+def _padded_codes(weight: QuantizedWeight) -> torch.Tensor:
+    from ctconvert.transforms.marlin import pad_words
+
+    spec = weight.spec
+    n, k = padded_shape(spec.n, spec.k)
+    codes = weight.packed()
+    if (n, k) == (spec.n, spec.k):
+        return codes
+    return pad_words(codes, spec.bits, spec.n, spec.k, n, k, fill_code=0)
+
+
+def _padded_groups(rows: torch.Tensor, spec: WeightSpec) -> torch.Tensor:
+    """[N, groups] of bytes or floats as [groups of Kp, Np], transposed, zeros where padded."""
+    n, k = padded_shape(spec.n, spec.k)
+    groups = k // spec.group_size if spec.group_size else 1
+    if (n, groups) == (spec.n, rows.shape[1]):
+        return rows.t().contiguous()
+    padded = rows.new_zeros((groups, n))
+    padded[: rows.shape[1], : spec.n] = rows.t()
+    return padded
+
+
+def _check_zero(region: torch.Tensor, what: str) -> None:
+    if region.numel() and bool(region.any()):
+        raise ValueError(f"the padding of {what} is not 0")
+
+
+def _unpadded_codes(tiles: torch.Tensor, spec: WeightSpec) -> torch.Tensor:
+    from ctconvert.transforms.marlin import marlin_unpack
+
+    n, k = padded_shape(spec.n, spec.k)
+    words = -(-spec.k // spec.codes_per_word)
+    codes = marlin_unpack(tiles, spec.bits, n, k)
+    if (n, k) == (spec.n, spec.k):
+        return codes
+    _check_zero(codes[spec.n :], "the rows")
+    _check_zero(codes[:, words:], "the columns")
+    return codes[: spec.n, :words].contiguous()
+
+
+def _unpadded_groups(rows: torch.Tensor, spec: WeightSpec, what: str) -> torch.Tensor:
+    import torch
+
+    raw = rows.view(torch.uint8) if rows.element_size() == 1 else rows
+    _check_zero(raw[:, spec.n :], what)
+    _check_zero(raw[spec.groups :], what)
+    return rows[: spec.groups, : spec.n].t().contiguous()
+
+
+class _Marlin(Layout):
+    read_by = "Marlin GEMM, SM80 and newer"
+
+    def details(self, spec: WeightSpec) -> dict[str, Any]:
+        n, k = padded_shape(spec.n, spec.k)
+        return {} if (n, k) == (spec.n, spec.k) else {"padded_shape": [n, k]}
+
+
+class Marlin(_Marlin):
+    name = "marlin"
+    takes = "INT 4, 8 bits, symmetric or not, groups of 32, 64, 128 or channel-wise, act-order"
+    writes = "qweight, scales, qzeros, g_idx_sort_indices"
+
+    def supports(self, spec: WeightSpec) -> Support:
+        if not (general := weight_only(spec)):
+            return general
+        if spec.bits not in (4, 8):
+            return Support(f"{spec.bits}-bit codes; it takes 4 and 8")
+        if spec.scale_dtype not in ("F16", "BF16"):
+            return Support(f"{spec.scale_dtype} scales; it takes F16 and BF16")
+        if spec.strategy == "group" and spec.group_size not in GROUP_SIZES:
+            return Support(f"group size {spec.group_size}; it takes 32, 64, 128 and channel-wise")
+        if spec.k % spec.codes_per_word:
+            return Support(f"K = {spec.k} is no multiple of {spec.codes_per_word} codes a word")
+        _, k = padded_shape(spec.n, spec.k)
+        if spec.group_size and k % spec.group_size:
+            return Support(f"K = {spec.k} padded to {k} is no multiple of the group size")
+        if spec.has_g_idx and k != spec.k:
+            return Support(f"act-order with K = {spec.k}, which would have to be padded to {k}")
+        if spec.has_g_idx and not spec.symmetric:
+            return Support("act-order with zero points, which the kernel does not combine")
+        return Support()
+
+    def output_specs(self, spec: WeightSpec) -> dict[str, TensorSpec]:
+        n, k = padded_shape(spec.n, spec.k)
+        groups = k // spec.group_size if spec.group_size else 1
+        assert spec.scale_dtype is not None
+        specs = {
+            "qweight": TensorSpec("I32", (k // 16, n * 16 // spec.codes_per_word)),
+            "scales": TensorSpec(spec.scale_dtype, (groups, n)),
+        }
+        if not spec.symmetric:
+            specs["qzeros"] = TensorSpec("I32", (groups, n // spec.codes_per_word))
+        if spec.has_g_idx:
+            specs["g_idx_sort_indices"] = TensorSpec("I32", (k,))
+        return specs | side_specs(spec)
+
+    def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        from ctconvert.transforms import marlin
+
+        spec = weight.spec
+        scale, perm = weight.scale, None
+        assert scale is not None
+        if weight.g_idx is not None:
+            _check_whole_groups(weight.g_idx, spec)
+            codes, perm = marlin.sort_columns(weight.packed(), weight.g_idx, spec.bits)
+            plain = replace(spec, storage="packed")
+            weight = replace(weight, codes=codes, spec=plain)
+        scales = _padded_groups(scale, spec)
+        made = {
+            "qweight": marlin.marlin_pack(_padded_codes(weight), spec.bits),
+            "scales": marlin.marlin_permute_scales(scales, channelwise=spec.group_size is None),
+        }
+        if weight.zero_point is not None:
+            zeros = _padded_groups(weight.zero_point, spec)
+            made["qzeros"] = marlin.marlin_pack_zero_points(zeros, spec.bits)
+        if perm is not None:
+            made["g_idx_sort_indices"] = perm
+        return made | encode_side(weight)
+
+    def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
+        import torch
+
+        from ctconvert.transforms import marlin
+        from ctconvert.transforms.packed import unpack_int8
+
+        codes = _unpadded_codes(tensors["qweight"], spec)
+        g_idx = None
+        if spec.has_g_idx:
+            perm = tensors["g_idx_sort_indices"]
+            codes = marlin.unsort_columns(codes, perm, spec.bits)
+            g_idx = torch.empty_like(perm)
+            group = spec.group_size or spec.k
+            columns = torch.arange(spec.k, dtype=torch.int32, device=perm.device)
+            g_idx[perm.long()] = columns // group
+        if spec.storage == "plain":
+            codes = unpack_int8(codes, spec.bits, spec.k)
+        scales = marlin.marlin_unpermute_scales(tensors["scales"], spec.group_size is None)
+        zero_point = None
+        if not spec.symmetric:
+            zeros = marlin.marlin_unpack_zero_points(tensors["qzeros"], spec.bits)
+            zero_point = _unpadded_groups(zeros, spec, "the zero points")
+        return QuantizedWeight(
+            spec,
+            codes=codes,
+            scale=_unpadded_groups(scales, spec, "the scales"),
+            zero_point=zero_point,
+            g_idx=g_idx,
+            side=decode_side(tensors, spec),
+        )
+
+
+def _check_whole_groups(g_idx: torch.Tensor, spec: WeightSpec) -> None:
+    """The kernel derives a column's group from its sorted position: groups must be whole."""
+    counts = g_idx.bincount(minlength=spec.groups)
+    uneven = (counts != (spec.group_size or spec.k)).nonzero()
+    if uneven.numel():
+        group = int(uneven[0])
+        raise ValueError(
+            f"weight_g_idx gives group {group} {int(counts[group])} columns, not "
+            f"{spec.group_size or spec.k}"
+        )
+
+
+class MarlinMXFP4(_Marlin):
+    name = "marlin-mxfp4"
+    takes = "MXFP4, with or without activation quantisation"
+    writes = "weight, weight_scale"
+
+    def supports(self, spec: WeightSpec) -> Support:
+        if spec.embedding:
+            return Support(
+                "it is an embedding table, and this layout is a matmul's", other_kind=True
+            )
+        if spec.family != "mxfp4":
+            return Support(f"scheme {spec.family} ({spec.label}) is not MXFP4", other_kind=True)
+        if spec.side:
+            return Support(f"static activation scales ({spec.activations}); the kernel takes none")
+        return Support()
+
+    def output_specs(self, spec: WeightSpec) -> dict[str, TensorSpec]:
+        n, k = padded_shape(spec.n, spec.k)
+        assert spec.scale_dtype is not None
+        return {
+            "weight": TensorSpec("I32", (k // 16, n * 2)),
+            "weight_scale": TensorSpec(spec.scale_dtype, (k // 32, n)),
+        }
+
+    def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        import torch
+
+        from ctconvert.transforms import marlin
+
+        assert weight.scale is not None
+        scales = _padded_groups(weight.scale.view(torch.uint8), weight.spec)
+        return {
+            "weight": marlin.marlin_pack(_padded_codes(weight), 4),
+            "weight_scale": marlin.marlin_permute_mxfp4_scales(scales).view(weight.scale.dtype),
+        }
+
+    def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
+        import torch
+
+        from ctconvert.transforms import marlin
+
+        stored = tensors["weight_scale"]
+        scales = marlin.marlin_unpermute_mxfp4_scales(stored.view(torch.uint8))
+        return QuantizedWeight(
+            spec,
+            codes=_unpadded_codes(tensors["weight"], spec),
+            scale=_unpadded_groups(scales, spec, "the scales").view(stored.dtype),
+        )

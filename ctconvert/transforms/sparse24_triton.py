@@ -1,0 +1,826 @@
+"""Triton kernels of the 2:4 transforms; `ctconvert.transforms.sparse24` has the forms to the bit.
+
+Before and after, by kernel (a group is four columns, one word of the dense weight; a *unit* is four
+groups, whose nibbles are 16 bits of the bitmask or of the metadata):
+
+- decompress: compressed [N, K/2], bitmask u8 [N, ceil(K/8)] -> dense [N, K]
+- compress: dense, bitmask -> compressed; mask: dense -> bitmask
+- SM90 compress: dense -> values [N, K/2], meta u8 [Np, Kp/8]; SM90 decompress: the way back
+- fused: compressed, bitmask -> values, meta
+
+Every kernel is one pass: each input byte is read once and each output byte written once, in whole
+sectors. The bitmask kernels see the weight as one row wherever K % 8 == 0, so any such K runs at
+the same speed. A program of the SM90 kernels owns 64 rows by 128 (or more) columns: the metadata of
+such a block is 1 KiB in one piece, and for 16-bit elements the program takes its rows in the order
+in which the metadata has them, so that the lanes of a warp write neighbouring bytes.
+
+An invalid group leaves its place (unit or row) in an error word by an atomic minimum; the launcher
+reads the word and raises the CPU path's error for that row. The launchers take CPU tensors as well
+where Triton's interpreter is on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ctconvert.transforms import sparse24
+
+_NO_ERROR = (1 << 63) - 1
+
+# Units in one program of the bitmask kernels, and its warps, by element size.
+FLAT_TILES = {
+    "decompress": {1: (256, 4), 2: (256, 4)},
+    "compress": {1: (256, 2), 2: (128, 4)},
+    "mask": {1: (256, 2), 2: (128, 4)},
+}
+# 128-column blocks in one program of the SM90 kernels, its warps, and the blocks of 64 rows that
+# programs go down together, by element size.
+BLOCK_TILES = {
+    "sm90_compress": {1: (1, 4, 1), 2: (1, 4, 1)},
+    "sm90_decompress": {1: (1, 4, 1), 2: (1, 4, 1)},
+    "fused": {1: (1, 4, 1), 2: (1, 4, 1)},
+}
+
+
+def _packed(entry: Callable[[int], int], bits: int, width: int) -> int:
+    """A table of 16 entries of ``bits`` bits as one signed integer of ``width`` bits."""
+    value = sum(entry(code) << bits * code for code in range(16))
+    return value - (1 << width) if value >> (width - 1) else value
+
+
+def _nibble_or_ones(nibble: int | None) -> int:
+    return 0xF if nibble is None else nibble
+
+
+def _kept(mask: int, slot: int) -> int:
+    pair = sparse24.kept_pair(mask)
+    return 0 if pair is None else pair[slot] - slot
+
+
+# Nibble tables indexed by four times a nonzero pattern; 0xF, which neither form has, is invalid.
+_META_OF_PATTERN = tl.constexpr(
+    _packed(lambda code: _nibble_or_ones(sparse24.meta_nibble(code)), 4, 64)
+)
+_MASK_OF_PATTERN = tl.constexpr(
+    _packed(lambda code: _nibble_or_ones(sparse24.kept_of_pattern(code)), 4, 64)
+)
+# Elements that the first and the second kept value move by, indexed by twice a bitmask nibble. The
+# last valid one is 12, so the tables can be shifted up by a few bits and stay 32 bits wide.
+_FIRST_MOVE = tl.constexpr(_packed(lambda mask: _kept(mask, 0), 2, 32))
+_SECOND_MOVE = tl.constexpr(_packed(lambda mask: _kept(mask, 1), 2, 32))
+
+
+@triton.jit
+def _any(word):
+    """Nonzero where any i32 along the last dimension is."""
+    largest = tl.max(word.to(tl.uint32, bitcast=True), axis=len(word.shape) - 1)
+    return largest.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _load_units(ptr, at, groups, WORD: tl.constexpr, other: tl.constexpr):
+    """Nibbles of the units ``at`` of a bitmask row that has ``groups`` groups left, as i32."""
+    if WORD:
+        unit = tl.load(ptr + at, mask=at * 4 < groups, other=other).to(tl.int32) & 0xFFFF
+    else:
+        low = tl.load(ptr + at * 2, mask=at * 4 < groups, other=0)
+        high = tl.load(ptr + at * 2 + 1, mask=at * 4 + 2 < groups, other=0)
+        unit = low.to(tl.int32) | (high.to(tl.int32) << 8)
+    return unit
+
+
+@triton.jit
+def _wrong_mask(unit, at, groups, WORD: tl.constexpr):
+    """Nonzero where a group of a bitmask unit does not keep two columns, or lies past the row."""
+    count = unit - ((unit >> 1) & 0x5555)
+    count = (count & 0x3333) + ((count >> 2) & 0x3333)
+    if WORD:
+        wrong = count ^ 0x2222
+    else:
+        inside = tl.minimum(tl.maximum(groups - at * 4, 0), 4)
+        wrong = count ^ (0x2222 & ((1 << (inside * 4)) - 1))
+    return wrong
+
+
+@triton.jit
+def _moves(unit, SIZE: tl.constexpr):
+    """Bits that the first and the second kept value of each group of the units move by."""
+    j = tl.arange(0, 4)
+    code = tl.expand_dims(unit << 1, -1) >> (j * 4)
+    code = code & 30
+    LOG_BITS: tl.constexpr = 2 + SIZE
+    first = tl.full([], _FIRST_MOVE << LOG_BITS, tl.int32) >> code
+    second = tl.full([], _SECOND_MOVE << LOG_BITS, tl.int32) >> code
+    return first & (3 << LOG_BITS), second & (3 << LOG_BITS)
+
+
+@triton.jit
+def _pattern(word, SIZE: tl.constexpr):
+    """Four times the nonzero pattern of each group, as u32, and the words without -0.0."""
+    if SIZE == 1:
+        top = ((word & 0x7F7F7F7F) + 0x7F7F7F7F) | word
+        top = (top & -0x7F7F7F80).to(tl.uint32, bitcast=True)
+        # The product moves the top bit of element j to bit 28 + j; bits 24 to 27 stay 0.
+        pattern = (top * 0x204081) >> 26
+    else:
+        ABS: tl.constexpr = 0x7FFF7FFF7FFF7FFF
+        top = (word & ABS) + ABS
+        word = word & (top | ABS)
+        # Elements 0 and 1 go between 2 and 3: their top bits are then at 7, 23, 15 and 31.
+        both = ((top.to(tl.int32) >> 8) & 0x00800080) | ((top >> 32).to(tl.int32) & -0x7FFF8000)
+        pattern = (both.to(tl.uint32, bitcast=True) * 0x208041) >> 26
+    return pattern, word
+
+
+@triton.jit
+def _look_up(TABLE: tl.constexpr, pattern):
+    return (tl.full([], TABLE, tl.int64) >> pattern.to(tl.int64)).to(tl.int32) & 15
+
+
+@triton.jit
+def _join(nibble):
+    """Four nibbles along the last dimension -> the 16 bits of a unit, as i32."""
+    return tl.sum(nibble << (tl.arange(0, 4) * 4), axis=len(nibble.shape) - 1)
+
+
+@triton.jit
+def _spread(pair, first, second, SIZE: tl.constexpr):
+    """Value pairs to groups: the low value up by ``first`` bits, the high one by ``second``."""
+    if SIZE == 1:
+        pair = pair.to(tl.int32)
+        word = ((pair & 0xFF) << first) | ((pair & 0xFF00) << second)
+    else:
+        pair = pair.to(tl.int64)
+        first = first.to(tl.int64)
+        second = second.to(tl.int64)
+        word = ((pair & 0xFFFF) << first) | ((pair & 0xFFFF0000) << second)
+    return word
+
+
+@triton.jit
+def _flat_tile(groups, WORD: tl.constexpr, UNITS: tl.constexpr):
+    """Row, first group, groups left from there, and unit numbers of a program's tile."""
+    tile = tl.program_id(0)
+    row = tile.to(tl.int64) * 0
+    if not WORD:
+        tiles = tl.cdiv(groups, UNITS * 4)
+        row = (tile // tiles).to(tl.int64)
+        tile = (tile % tiles).to(tl.int32)
+    start = tile.to(tl.int64) * (UNITS * 4)
+    left = tl.minimum(groups - start, UNITS * 4).to(tl.int32)
+    return row, start, left, tl.arange(0, UNITS)
+
+
+@triton.jit
+def _inside(at, left, WORD: tl.constexpr):
+    """Which groups of the units are in the row; whole units where the row has no partial one."""
+    j = tl.arange(0, 4)
+    group = tl.expand_dims(at * 4, -1) + j
+    if WORD:
+        inside = tl.expand_dims(at * 4 < left, -1) & (j >= 0)
+    else:
+        inside = group < left
+    return group, inside
+
+
+@triton.jit
+def _decompress_kernel(
+    pairs,
+    mask,
+    dense,
+    error,
+    groups,
+    mask_stride,
+    SIZE: tl.constexpr,
+    WORD: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    row, start, left, at = _flat_tile(groups, WORD, UNITS)
+    mask += row * mask_stride + (start // 4 if WORD else start // 2)
+    unit = _load_units(mask, at, left, WORD, 0x3333)
+    place = row * groups + start
+    tl.atomic_min(
+        error + at * 0,
+        place + at * 4,
+        mask=_wrong_mask(unit, at, left, WORD) != 0,
+        sem="relaxed",
+    )
+    first, second = _moves(unit, SIZE)
+    group, inside = _inside(at, left, WORD)
+    pair = tl.load(pairs + place + group, mask=inside, other=0)
+    tl.store(dense + place + group, _spread(pair, first, second, SIZE), mask=inside)
+
+
+@triton.jit
+def _compress_kernel(
+    dense,
+    mask,
+    pairs,
+    error,
+    groups,
+    mask_stride,
+    SIZE: tl.constexpr,
+    WORD: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    row, start, left, at = _flat_tile(groups, WORD, UNITS)
+    mask += row * mask_stride + (start // 4 if WORD else start // 2)
+    unit = _load_units(mask, at, left, WORD, 0x3333)
+    place = row * groups + start
+    first, second = _moves(unit, SIZE)
+    group, inside = _inside(at, left, WORD)
+    word = tl.load(dense + place + group, mask=inside, other=0)
+    if SIZE == 1:
+        pair = ((word >> first) & 0xFF) | ((word >> second) & 0xFF00)
+        dropped = word & ~((0xFF << first) | (0xFF00 << second))
+        tl.store(pairs + place + group, pair.to(tl.int16), mask=inside)
+    else:
+        first = first.to(tl.int64)
+        second = second.to(tl.int64)
+        pair = ((word >> first).to(tl.int32) & 0xFFFF) | ((word >> second).to(tl.int32) & -0x10000)
+        LOW: tl.constexpr = 0xFFFF
+        HIGH: tl.constexpr = 0xFFFF0000
+        ones = tl.zeros_like(word)
+        kept = ((ones + LOW) << first) | ((ones + HIGH) << second)
+        left_over = word & ~kept & 0x7FFF7FFF7FFF7FFF
+        dropped = left_over.to(tl.int32) | (left_over >> 32).to(tl.int32)
+        tl.store(pairs + place + group, pair, mask=inside)
+    wrong = _wrong_mask(unit, at, left, WORD) | _any(dropped)
+    tl.atomic_min(error + at * 0, place + at * 4, mask=wrong != 0, sem="relaxed")
+
+
+@triton.jit
+def _mask_kernel(
+    dense,
+    mask,
+    error,
+    groups,
+    mask_stride,
+    SIZE: tl.constexpr,
+    WORD: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    row, start, left, at = _flat_tile(groups, WORD, UNITS)
+    place = row * groups + start
+    group, inside = _inside(at, left, WORD)
+    word = tl.load(dense + place + group, mask=inside, other=0)
+    pattern, _ = _pattern(word, SIZE)
+    nibble = _look_up(_MASK_OF_PATTERN, pattern)
+    if not WORD:
+        nibble = tl.where(inside, nibble, 0)
+    unit = _join(nibble)
+    wrong = unit & (unit >> 1)
+    wrong = wrong & (wrong >> 2) & 0x1111
+    tl.atomic_min(error + at * 0, place + at * 4, mask=wrong != 0, sem="relaxed")
+    if WORD:
+        mask += row * mask_stride + start // 4
+        tl.store(mask + at, unit.to(tl.int16), mask=at * 4 < left)
+    else:
+        mask += row * mask_stride + start // 2
+        tl.store(mask + at * 2, unit.to(tl.uint8), mask=at * 4 < left)
+        tl.store(mask + at * 2 + 1, (unit >> 8).to(tl.uint8), mask=at * 4 + 2 < left)
+
+
+@triton.jit
+def _block_tile(n, groups, SIZE: tl.constexpr, BLOCKS: tl.constexpr, PER: tl.constexpr = 8):
+    """Rows and units of a program's block of the SM90 form, and where its nibbles are.
+
+    A block of 128 columns has PER units. The first axis of the grid goes down blocks of rows, the
+    second over blocks of columns, the third to the next rows.
+    """
+    row_blocks = tl.cdiv(n, 64)
+    block_row = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    block = tl.program_id(1) * BLOCKS
+    r = tl.arange(0, 64)[:, None]
+    u = tl.arange(0, PER * BLOCKS)[None, :]
+    if SIZE == 1:
+        m = r
+        inner = r * PER + u % PER
+    else:
+        # In the metadata rows m and m + 8 are neighbours, then come the columns, then m + 1.
+        m = (r & 48) | ((r & 1) << 3) | ((r >> 1) & 7)
+        inner = (r & 1) + (u % 8 >> 1) * 2 + ((r >> 1) & 7) * 8 + (u & 1) * 64 + (r >> 4) * 128
+    nibbles = (block.to(tl.int64) * row_blocks + block_row) * (64 * PER)
+    nibbles += (u // PER).to(tl.int64) * (row_blocks.to(tl.int64) * (64 * PER)) + inner
+    exists = (block + u // PER < tl.cdiv(groups, 32)) & (block_row * 64 + r * 0 < n)
+    return block_row * 64, m, block * 32, u, nibbles, exists
+
+
+@triton.jit
+def _block_inside(first_row, m, first_group, u, n, groups, WHOLE: tl.constexpr, EVEN: tl.constexpr):
+    """Offsets in the block's rows and which groups exist. EVEN: all; WHOLE: no partial unit."""
+    j = tl.arange(0, 4)[None, None, :]
+    offset = tl.expand_dims(m * groups + u * 4, 2) + j
+    if EVEN:
+        inside = offset >= 0
+    elif WHOLE:
+        inside = tl.expand_dims((first_row + m < n) & (first_group + u * 4 < groups), 2) & (j >= 0)
+    else:
+        inside = tl.expand_dims(first_row + m < n, 2) & (
+            tl.expand_dims(first_group + u * 4, 2) + j < groups
+        )
+    return offset, inside
+
+
+@triton.jit
+def _sm90_compress_kernel(
+    dense,
+    pairs,
+    meta,
+    error,
+    n,
+    groups,
+    SIZE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    first_row, m, first_group, u, nibbles, exists = _block_tile(n, groups, SIZE, BLOCKS)
+    offset, inside = _block_inside(first_row, m, first_group, u, n, groups, WHOLE, EVEN)
+    place = first_row.to(tl.int64) * groups + first_group
+    if EVEN:
+        word = tl.load(dense + place + offset)
+    else:
+        word = tl.load(dense + place + offset, mask=inside, other=0)
+    pattern, word = _pattern(word, SIZE)
+    nibble = _look_up(_META_OF_PATTERN, pattern)
+    if SIZE == 1:
+        pair = (word >> ((nibble << 3) & 24)) & 0xFF
+        pair = (pair | ((word >> ((nibble << 1) & 24)) << 8)).to(tl.int16)
+    else:
+        pair = (word >> ((nibble << 4) & 48).to(tl.int64)).to(tl.int32) & 0xFFFF
+        pair = pair | ((word >> ((nibble << 2) & 48).to(tl.int64)).to(tl.int32) << 16)
+    unit = _join(nibble)
+    # 0xF is the only nibble here whose low two bits are both set.
+    wrong = unit & (unit >> 1) & 0x1111
+    tl.atomic_min(
+        error + u * 0 + m * 0, (first_row + m).to(tl.int64) + u * 0, mask=wrong != 0, sem="relaxed"
+    )
+    if EVEN:
+        tl.store(pairs + place + offset, pair)
+        tl.store(meta + nibbles, unit.to(tl.int16))
+    else:
+        tl.store(pairs + place + offset, pair, mask=inside)
+        tl.store(meta + nibbles, unit.to(tl.int16), mask=exists)
+
+
+@triton.jit
+def _sm90_decompress_kernel(
+    pairs,
+    meta,
+    dense,
+    error,
+    n,
+    groups,
+    SIZE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    first_row, m, first_group, u, nibbles, exists = _block_tile(n, groups, SIZE, BLOCKS)
+    offset, inside = _block_inside(first_row, m, first_group, u, n, groups, WHOLE, EVEN)
+    place = first_row.to(tl.int64) * groups + first_group
+    if EVEN:
+        unit = tl.load(meta + nibbles).to(tl.int32) & 0xFFFF
+        pair = tl.load(pairs + place + offset)
+    else:
+        unit = tl.load(meta + nibbles, mask=exists, other=0).to(tl.int32) & 0xFFFF
+        pair = tl.load(pairs + place + offset, mask=inside, other=0)
+    nibble = (tl.expand_dims(unit, 2) >> (tl.arange(0, 4) * 4)[None, None, :]) & 15
+    if SIZE == 1:
+        pair = pair.to(tl.int32) & 0xFFFF
+        first = pair & 0xFF
+        second = pair >> 8
+        word = (first << ((nibble << 3) & 24)) | (second << ((nibble << 1) & 24))
+    else:
+        first = pair.to(tl.int64) & 0xFFFF
+        second = (pair.to(tl.int64) >> 16) & 0xFFFF
+        word = (first << ((nibble << 4) & 48).to(tl.int64)) | (
+            second << ((nibble << 2) & 48).to(tl.int64)
+        )
+    # Valid: i0 < i1, compared in all four nibbles at once, or 0 and no values.
+    high = unit >> 2
+    differ = unit ^ high
+    less = ((high & differ) >> 1) | (high & differ & ~(differ >> 1))
+    some = unit | high
+    wrong = (some | (some >> 1)) & ~less & 0x1111
+    wrong = wrong | _any(tl.where(nibble == 0, pair, 0))
+    if not EVEN:
+        # Padding is 0 throughout.
+        wrong = wrong | _any(tl.where(inside, 0, nibble))
+    tl.atomic_min(
+        error + u * 0 + m * 0, (first_row + m).to(tl.int64) + u * 0, mask=wrong != 0, sem="relaxed"
+    )
+    if EVEN:
+        tl.store(dense + place + offset, word)
+    else:
+        tl.store(dense + place + offset, word, mask=inside)
+
+
+@triton.jit
+def _fused_kernel(
+    pairs,
+    mask,
+    out,
+    meta,
+    error,
+    n,
+    groups,
+    mask_stride,
+    SIZE: tl.constexpr,
+    WORD: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    first_row, m, first_group, u, nibbles, exists = _block_tile(n, groups, SIZE, BLOCKS)
+    offset, inside = _block_inside(first_row, m, first_group, u, n, groups, WHOLE, EVEN)
+    place = first_row.to(tl.int64) * groups + first_group
+    mask += first_row.to(tl.int64) * mask_stride + (first_group // 4 if WORD else first_group // 2)
+    left = tl.where(first_row + m < n, groups - first_group, 0)
+    if EVEN:
+        unit = tl.load(mask + m * mask_stride + u).to(tl.int32) & 0xFFFF
+        pair = tl.load(pairs + place + offset)
+        wrong = _wrong_mask(unit, u, left, True)
+    else:
+        unit = _load_units(mask + m * mask_stride, u, left, WORD, 0)
+        pair = tl.load(pairs + place + offset, mask=inside, other=0)
+        wrong = _wrong_mask(unit, u, left, False)
+    tl.atomic_min(
+        error + u * 0 + m * 0, (first_row + m).to(tl.int64) + u * 0, mask=wrong != 0, sem="relaxed"
+    )
+    code = (tl.expand_dims(unit, 2) >> (tl.arange(0, 4) * 4)[None, None, :]) & 15
+    if SIZE == 1:
+        pair = pair.to(tl.int32) & 0xFFFF
+        no_first = (pair & 0xFF) == 0
+        no_second = pair < 0x100
+    else:
+        top = (pair & 0x7FFF7FFF) + 0x7FFF7FFF
+        pair = pair & (top | 0x7FFF7FFF)
+        no_first = (top & 0x8000) == 0
+        no_second = top >= 0
+    # The nonzero pattern of the group: the kept columns without those whose value is zero.
+    lowest = code & -code
+    pattern = tl.where(no_first, code ^ lowest, code)
+    pattern = tl.where(no_second, pattern & lowest, pattern)
+    # A lone second value moves to the front unless it stands in column 3.
+    moves = no_first & (code < 8)
+    pair = tl.where(moves, (pair >> (8 * SIZE)) & (0xFF if SIZE == 1 else 0xFFFF), pair)
+    unit = _join(_look_up(_META_OF_PATTERN, pattern << 2))
+    if SIZE == 1:
+        pair = pair.to(tl.int16)
+    if EVEN:
+        tl.store(out + place + offset, pair)
+        tl.store(meta + nibbles, unit.to(tl.int16))
+    else:
+        tl.store(out + place + offset, pair, mask=inside)
+        tl.store(meta + nibbles, unit.to(tl.int16), mask=exists)
+
+
+@triton.jit
+def _fused_bytes_kernel(
+    pairs,
+    mask,
+    out,
+    meta,
+    error,
+    n,
+    groups,
+    mask_stride,
+    EVEN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The fused transform for 8-bit elements and K % 32 == 0, two groups (one i32) at a time.
+
+    A unit is eight groups here, 32 bits of bitmask and metadata, whose nibbles are worked on
+    together. Otherwise the arithmetic would take longer than the memory.
+    """
+    first_row, m, first_group, u, nibbles, exists = _block_tile(n, groups, 1, BLOCKS, 4)
+    i = tl.arange(0, 4)[None, None, :]
+    offset = tl.expand_dims(m * (groups // 2) + u * 4, 2) + i
+    place = first_row.to(tl.int64) * (groups // 2) + first_group // 2
+    mask += first_row.to(tl.int64) * mask_stride + first_group // 8
+    if EVEN:
+        unit = tl.load(mask + m * mask_stride + u)
+        word = tl.load(pairs + place + offset)
+    else:
+        whole = (first_row + m < n) & (first_group + u * 8 < groups)
+        inside = tl.expand_dims(whole, 2) & (i >= 0)
+        unit = tl.load(mask + m * mask_stride + u, mask=whole, other=0x33333333)
+        word = tl.load(pairs + place + offset, mask=inside, other=0)
+    count = unit - ((unit >> 1) & 0x55555555)
+    count = (count & 0x33333333) + ((count >> 2) & 0x33333333)
+    tl.atomic_min(
+        error + u * 0 + m * 0,
+        (first_row + m).to(tl.int64) + u * 0,
+        mask=count != 0x22222222,
+        sem="relaxed",
+    )
+
+    # Bits 7, 15, 23, 31: is the first, second value of the word's first, second group nonzero.
+    top = (((word & 0x7F7F7F7F) + 0x7F7F7F7F) | word) & -0x7F7F7F80
+    # A second value moves to the front where the first is zero and its column is not 3.
+    last = tl.expand_dims(unit, 2) >> (i * 8)
+    stays = (top | ((last << 4) & 0x80) | ((last << 16) & 0x800000)) & 0x00800080
+    stays = (stays >> 7) * 0xFFFF
+    moved = (word & stays) | ((word >> 8) & 0x00FF00FF & ~stays)
+
+    # Byte b of ``flags`` holds bit 8b + 7 of the four words: (first, second value) of the even
+    # groups, then of the odd groups. The product puts four neighbouring bits into four bytes.
+    flags = tl.sum(((top >> 7) & 0x01010101) << i, axis=2)
+    first = (((flags & 15) * 0x204081) & 0x01010101) | (
+        ((((flags >> 16) & 15) * 0x204081) & 0x01010101) << 4
+    )
+    second = ((((flags >> 8) & 15) * 0x204081) & 0x01010101) | (
+        ((((flags >> 24) & 15) * 0x204081) & 0x01010101) << 4
+    )
+    # Nonzero pattern of every nibble: the higher kept column where the second value is nonzero,
+    # the lower one where the first is. Every valid nibble is at least 3, so nothing is borrowed.
+    higher = unit & (unit - 0x11111111)
+    bit0 = (higher & (second * 15)) | (unit & ~higher & (first * 15))
+    bit1 = bit0 >> 1
+    bit2 = bit0 >> 2
+    some = (bit0 | bit1 | bit2 | (bit0 >> 3)) & 0x11111111
+    pair = ~bit0 & bit1 & 0x11111111
+    pair = pair | ((~bit0 & ~bit1 & bit2 & 0x11111111) << 1)
+    pair = pair | ((some & ~(bit2 & (bit0 | bit1))) << 2)
+    pair = pair | ((some & ~(bit0 & bit1)) << 3)
+    if EVEN:
+        tl.store(out + place + offset, moved)
+        tl.store(meta + nibbles, pair)
+    else:
+        tl.store(out + place + offset, moved, mask=inside)
+        tl.store(meta + nibbles, tl.where(whole, pair, 0), mask=exists)
+
+
+# --- launchers --------------------------------------------------------------------------------
+
+
+def bitmask_decompress_triton(compressed: Tensor, bitmask: Tensor, k: int) -> Tensor:
+    """`sparse24.bitmask_decompress` on the tensors' device."""
+    error = _error_word(compressed.device)
+    dense = launch_bitmask_decompress(compressed, bitmask, k, error)
+    rows = _wrong_rows(error, k // 4)
+    if rows is not None:
+        sparse24.raise_mask_error(bitmask[rows].cpu(), k, rows.start)
+    return dense
+
+
+def bitmask_compress_triton(dense: Tensor, bitmask: Tensor) -> Tensor:
+    """`sparse24.bitmask_compress` on the tensors' device."""
+    error = _error_word(dense.device)
+    compressed = launch_bitmask_compress(dense, bitmask, error)
+    rows = _wrong_rows(error, dense.shape[1] // 4)
+    if rows is not None:
+        sparse24.raise_drop_error(dense[rows].cpu(), bitmask[rows].cpu(), rows.start)
+    return compressed
+
+
+def bitmask_of_triton(dense: Tensor) -> Tensor:
+    """`sparse24.bitmask_of` on the tensor's device."""
+    error = _error_word(dense.device)
+    bitmask = launch_bitmask_of(dense, error)
+    rows = _wrong_rows(error, dense.shape[1] // 4)
+    if rows is not None:
+        sparse24.raise_dense_error(dense[rows].cpu(), rows.start)
+    return bitmask
+
+
+def sm90_compress_triton(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """`sparse24.sm90_compress` on the tensor's device."""
+    error = _error_word(dense.device)
+    values, meta = launch_sm90_compress(dense, error)
+    row = _first_error(error)
+    if row is not None:
+        sparse24.raise_dense_error(dense[row : row + 1].cpu(), row)
+    return values, meta
+
+
+def sm90_decompress_triton(values: Tensor, meta: Tensor, n: int, k: int) -> Tensor:
+    """`sparse24.sm90_decompress` on the tensors' device."""
+    error = _error_word(values.device)
+    dense = launch_sm90_decompress(values, meta, n, k, error)
+    row = _first_error(error)
+    if row is not None:
+        # The metadata of the 64 rows around it, as if they were the whole weight.
+        start = row // 64 * 64
+        block = meta.reshape(meta.shape[1] // 16, -1, 1024)[:, row // 64].reshape(64, -1)
+        nibbles = sparse24.from_kernel_order(block.cpu(), values.element_size())
+        rows = values[start : start + 64].cpu()
+        sparse24.raise_meta_error(rows, nibbles, rows.shape[0], k, start)
+    return dense
+
+
+def bitmask_to_sm90_triton(compressed: Tensor, bitmask: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`sparse24.bitmask_to_sm90` on the tensors' device."""
+    error = _error_word(compressed.device)
+    values, meta = launch_bitmask_to_sm90(compressed, bitmask, k, error)
+    row = _first_error(error)
+    if row is not None:
+        sparse24.raise_mask_error(bitmask[row : row + 1].cpu(), k, row)
+    return values, meta
+
+
+def launch_bitmask_decompress(compressed: Tensor, bitmask: Tensor, k: int, error: Tensor) -> Tensor:
+    """Dense weight; ``error`` i64 [1] is lowered to a wrong unit's first group, and not read."""
+    size, n = compressed.element_size(), compressed.shape[0]
+    dense = torch.empty((n, k), dtype=compressed.dtype, device=compressed.device)
+    pairs = sparse24.words(compressed, sparse24.PAIR_DTYPE[size])
+    _launch_flat(
+        "decompress",
+        _decompress_kernel,
+        (pairs,),
+        bitmask,
+        (dense.view(sparse24.GROUP_DTYPE[size]),),
+        error,
+        (n, k, size),
+    )
+    return dense
+
+
+def launch_bitmask_compress(dense: Tensor, bitmask: Tensor, error: Tensor) -> Tensor:
+    """Kept values; ``error`` as in `launch_bitmask_decompress`."""
+    size = dense.element_size()
+    n, k = dense.shape
+    compressed = torch.empty((n, k // 2), dtype=dense.dtype, device=dense.device)
+    groups = sparse24.words(dense, sparse24.GROUP_DTYPE[size])
+    _launch_flat(
+        "compress",
+        _compress_kernel,
+        (groups,),
+        bitmask,
+        (compressed.view(sparse24.PAIR_DTYPE[size]),),
+        error,
+        (n, k, size),
+    )
+    return compressed
+
+
+def launch_bitmask_of(dense: Tensor, error: Tensor) -> Tensor:
+    """Bitmask; ``error`` as in `launch_bitmask_decompress`."""
+    size = dense.element_size()
+    n, k = dense.shape
+    bitmask = torch.empty((n, -(-k // 8)), dtype=torch.uint8, device=dense.device)
+    groups = sparse24.words(dense, sparse24.GROUP_DTYPE[size])
+    _launch_flat("mask", _mask_kernel, (groups,), bitmask, (), error, (n, k, size))
+    return bitmask
+
+
+def launch_sm90_compress(dense: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and metadata; ``error`` i64 [1] is lowered to the first wrong row, and not read."""
+    size = dense.element_size()
+    n, k = dense.shape
+    values = torch.empty((n, k // 2), dtype=dense.dtype, device=dense.device)
+    meta = torch.empty(sparse24.meta_shape(n, k), dtype=torch.uint8, device=dense.device)
+    groups = sparse24.words(dense, sparse24.GROUP_DTYPE[size])
+    tensors = (groups, values.view(sparse24.PAIR_DTYPE[size]), meta.view(torch.int16))
+    flags = {"SIZE": size, "WHOLE": k % 16 == 0}
+    _launch_blocks("sm90_compress", _sm90_compress_kernel, tensors, error, (n, k, size), (), flags)
+    return values, meta
+
+
+def launch_sm90_decompress(values: Tensor, meta: Tensor, n: int, k: int, error: Tensor) -> Tensor:
+    """Dense weight; ``error`` as in `launch_sm90_compress`."""
+    size = values.element_size()
+    dense = torch.empty((n, k), dtype=values.dtype, device=values.device)
+    pairs = sparse24.words(values, sparse24.PAIR_DTYPE[size])
+    units = sparse24.words(meta, torch.int16)
+    tensors = (pairs, units, dense.view(sparse24.GROUP_DTYPE[size]))
+    flags = {"SIZE": size, "WHOLE": k % 16 == 0}
+    _launch_blocks(
+        "sm90_decompress", _sm90_decompress_kernel, tensors, error, (n, k, size), (), flags
+    )
+    return dense
+
+
+def launch_bitmask_to_sm90(
+    compressed: Tensor, bitmask: Tensor, k: int, error: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Values and metadata; ``error`` as in `launch_sm90_compress`."""
+    size, n = compressed.element_size(), compressed.shape[0]
+    device = compressed.device
+    values = torch.empty((n, k // 2), dtype=compressed.dtype, device=device)
+    meta = torch.empty(sparse24.meta_shape(n, k), dtype=torch.uint8, device=device)
+    if size == 1 and k % 32 == 0:
+        both = (sparse24.words(t, torch.int32) for t in (compressed, bitmask))
+        tensors = (*both, values.view(torch.int32), meta.view(torch.int32))
+        _launch_blocks("fused", _fused_bytes_kernel, tensors, error, (n, k, size), (k // 32,), {})
+        return values, meta
+    pairs = sparse24.words(compressed, sparse24.PAIR_DTYPE[size])
+    word = k % 16 == 0
+    mask = sparse24.words(bitmask, torch.int16 if word else torch.uint8)
+    tensors = (pairs, mask, values.view(sparse24.PAIR_DTYPE[size]), meta.view(torch.int16))
+    flags = {"SIZE": size, "WORD": word, "WHOLE": word}
+    _launch_blocks("fused", _fused_kernel, tensors, error, (n, k, size), (mask.shape[1],), flags)
+    return values, meta
+
+
+def _launch_flat(
+    name: str,
+    kernel: Any,
+    inputs: tuple[Tensor, ...],
+    bitmask: Tensor,
+    outputs: tuple[Tensor, ...],
+    error: Tensor,
+    weight: tuple[int, int, int],
+) -> None:
+    n, k, size = weight
+    if n == 0:
+        return
+    units, warps = FLAT_TILES[name][size]
+    mask = sparse24.words(bitmask, torch.uint8)
+    rows, groups = (1, n * k // 4) if k % 8 == 0 else (n, k // 4)
+    stride = mask.shape[1]
+    word = groups % 4 == 0 and rows == 1
+    if word:
+        mask = mask.view(-1).view(torch.int16)
+    units = min(units, triton.next_power_of_2(triton.cdiv(groups, 4)))
+    grid = (rows * triton.cdiv(groups, units * 4),)
+    with _device(error.device):
+        kernel[grid](
+            *inputs,
+            mask,
+            *outputs,
+            error,
+            groups,
+            stride,
+            SIZE=size,
+            WORD=word,
+            UNITS=units,
+            num_warps=warps,
+        )
+
+
+def _launch_blocks(
+    name: str,
+    kernel: Any,
+    tensors: tuple[Tensor, ...],
+    error: Tensor,
+    weight: tuple[int, int, int],
+    strides: tuple[int, ...],
+    flags: dict[str, Any],
+) -> None:
+    n, k, size = weight
+    if n == 0:
+        return
+    blocks, warps, together = BLOCK_TILES[name][size]
+    blocks = min(blocks, triton.next_power_of_2(triton.cdiv(k, 128)))
+    row_blocks = triton.cdiv(n, 64)
+    together = min(together, row_blocks)
+    grid = (together, triton.cdiv(k, 128 * blocks), triton.cdiv(row_blocks, together))
+    with _device(error.device):
+        kernel[grid](
+            *tensors,
+            error,
+            n,
+            k // 4,
+            *strides,
+            EVEN=n % (64 * together) == 0 and k % (128 * blocks) == 0,
+            BLOCKS=blocks,
+            num_warps=warps,
+            **flags,
+        )
+
+
+def _device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(device).device(device)
+
+
+# Error words that hold _NO_ERROR, by device. A launch takes one out; only a word that was read
+# and found untouched comes back, so none is ever shared or stale.
+_error_words: dict[torch.device, list[Tensor]] = {}
+
+
+def _error_word(device: torch.device) -> Tensor:
+    free = _error_words.setdefault(device, [])
+    try:
+        return free.pop()
+    except IndexError:
+        return torch.full((1,), _NO_ERROR, dtype=torch.int64, device=device)
+
+
+def _first_error(error: Tensor) -> int | None:
+    """What the kernel left in the error word, None where it is untouched; waits for the kernel."""
+    place = int(error.item())
+    if place == _NO_ERROR:
+        _error_words[error.device].append(error)
+        return None
+    return place
+
+
+def _wrong_rows(error: Tensor, row_groups: int) -> slice | None:
+    """Rows that the first wrong unit lies in, None where there is none."""
+    place = _first_error(error)
+    if place is None:
+        return None
+    return slice(place // row_groups, (place + 3) // row_groups + 1)

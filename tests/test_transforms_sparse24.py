@@ -1,0 +1,592 @@
+"""2:4 transforms against CUTLASS's own output and against per-element references."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ctconvert.transforms import sparse24
+
+GOLDEN = Path(__file__).parent / "golden" / "cutlass_sparse24.safetensors"
+DTYPES = [torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn]
+KEPT_PAIRS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU"
+)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor as integers of its element size: NaN and -0.0 compare as bits."""
+    if tensor.dtype == torch.uint8:
+        return tensor
+    return tensor.contiguous().view(torch.int8 if tensor.element_size() == 1 else torch.int16)
+
+
+def same(actual: Tensor, expected: Tensor) -> bool:
+    return (
+        actual.dtype == expected.dtype
+        and actual.shape == expected.shape
+        and torch.equal(bits(actual).cpu(), bits(expected).cpu())
+    )
+
+
+def from_bits(rows: list[list[int]], dtype: torch.dtype) -> Tensor:
+    size = torch.empty(0, dtype=dtype).element_size()
+    return torch.tensor(rows, dtype=torch.int8 if size == 1 else torch.int16).view(dtype)
+
+
+def random_weight(
+    n: int, k: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dense, bitmask and compressed, element by element; kept values are often 0 or -0.0."""
+    rng = random.Random(seed)
+    size = torch.empty(0, dtype=dtype).element_size()
+    top = 1 << (8 * size - 1)
+    dense, masks, kept = [], [], []
+    for _ in range(n):
+        row = [0] * k
+        mask = [0] * -(-k // 8)
+        values = []
+        for column in range(0, k, 4):
+            for p in rng.choice(KEPT_PAIRS):
+                value = rng.choice([0, -top, *(rng.randint(1 - top, top - 1) for _ in range(6))])
+                row[column + p] = value
+                mask[(column + p) // 8] |= 1 << (column + p) % 8
+                values.append(value)
+        dense.append(row)
+        masks.append(mask)
+        kept.append(values)
+    bitmask = torch.tensor(masks, dtype=torch.uint8)
+    return from_bits(dense, dtype), bitmask, from_bits(kept, dtype)
+
+
+def reference_compress(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and metadata from the formulas, one group at a time."""
+    n, k = dense.shape
+    size = dense.element_size()
+    padded_n, padded_k = -(-n // 64) * 64, -(-k // 128) * 128
+    values = [[0] * (k // 2) for _ in range(n)]
+    meta = [0] * (padded_n * padded_k // 8)
+    rows = bits(dense).tolist()
+    for m in range(n):
+        for column in range(0, k, 4):
+            group = rows[m][column : column + 4]
+            if size == 2:
+                group = [0 if value == -0x8000 else value for value in group]
+            nonzero = [p for p in range(4) if group[p] != 0]
+            if len(nonzero) == 2:
+                i0, i1 = nonzero
+                pair = [group[i0], group[i1]]
+            elif nonzero == [3]:
+                i0, i1 = 0, 3
+                pair = [0, group[3]]
+            elif len(nonzero) == 1:
+                i0, i1 = nonzero[0], 3
+                pair = [group[i0], 0]
+            else:
+                i0, i1 = 0, 0
+                pair = [0, 0]
+            values[m][column // 2 : column // 2 + 2] = pair
+            r, c = m % 64, column % 128
+            if size == 1:
+                inner = r * 128 + c
+            else:
+                inner = c % 16 + 16 * (r // 8 % 2) + 32 * (c // 32) + 128 * (r % 8)
+                inner += 1024 * (c // 16 % 2) + 2048 * (r // 16)
+            position = (m // 64 * 64 * 128 + column // 128 * padded_n * 128 + inner) // 4
+            meta[position // 2] |= (i0 | i1 << 2) << 4 * (position % 2)
+    packed = torch.tensor(meta, dtype=torch.uint8).view(padded_n, padded_k // 8)
+    return from_bits(values, dense.dtype), packed
+
+
+def plus_zero(dense: Tensor) -> Tensor:
+    """What decompression gives back: 16-bit floats without -0.0."""
+    raw = bits(dense).clone()
+    if dense.element_size() == 2:
+        raw[raw == -0x8000] = 0
+    return raw.view(dense.dtype)
+
+
+def every_group(dtype: torch.dtype) -> Tensor:
+    """One row with every choice of 0, 1 or 2 nonzero positions, its other elements 0 or -0.0."""
+    zeros = [0, -0x8000] if torch.empty(0, dtype=dtype).element_size() == 2 else [0]
+    row = []
+    for nonzero in [(), (0,), (1,), (2,), (3,), *KEPT_PAIRS]:
+        for zero in zeros:
+            row += [17 + p if p in nonzero else zero for p in range(4)]
+    row += [0] * (-len(row) % 8)
+    return from_bits([row, row[::-1]], dtype)
+
+
+def golden_cases() -> list[str]:
+    with safe_open(GOLDEN, "pt") as file:
+        keys = list(file.keys())
+    return sorted(key.removesuffix(".dense") for key in keys if key.endswith(".dense"))
+
+
+def golden(case: str) -> tuple[Tensor, Tensor, Tensor]:
+    with safe_open(GOLDEN, "pt") as file:
+        return tuple(file.get_tensor(f"{case}.{part}") for part in ("dense", "nzs", "meta"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every allocation without a value is full of 0xA5, so an element nobody writes shows."""
+    empty = torch.empty
+
+    def poisoned_empty(*args: Any, **options: Any) -> Tensor:
+        tensor = empty(*args, **options)
+        if tensor.numel():
+            tensor.view(torch.uint8).fill_(0xA5)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+class Cpu:
+    """The public functions, on the CPU."""
+
+    bitmask_decompress = staticmethod(sparse24.bitmask_decompress)
+    bitmask_compress = staticmethod(sparse24.bitmask_compress)
+    bitmask_of = staticmethod(sparse24.bitmask_of)
+    sm90_compress = staticmethod(sparse24.sm90_compress)
+    sm90_decompress = staticmethod(sparse24.sm90_decompress)
+    bitmask_to_sm90 = staticmethod(sparse24.bitmask_to_sm90)
+
+
+class Interpreted:
+    """The Triton launchers, on CPU tensors."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        from ctconvert.transforms import sparse24_triton
+
+        return getattr(sparse24_triton, f"{name}_triton")
+
+
+PATHS = [
+    pytest.param(Cpu(), id="cpu"),
+    pytest.param(Interpreted(), id="triton", marks=needs_interpreter),
+]
+SHAPES = [(1, 4), (3, 12), (5, 24), (9, 8), (66, 144), (66, 160), (3, 140), (64, 256)]
+
+
+@pytest.mark.parametrize("case", golden_cases())
+@pytest.mark.parametrize("path", PATHS)
+def test_sm90_equals_cutlass(path: Any, case: str) -> None:
+    dense, expected_values, expected_meta = golden(case)
+    values, meta = path.sm90_compress(dense)
+    assert same(values, expected_values)
+    assert same(meta, expected_meta)
+    assert same(
+        path.sm90_decompress(expected_values, expected_meta, *dense.shape), plus_zero(dense)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_every_transform_equals_its_formula(
+    path: Any, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    n, k = shape
+    dense, bitmask, compressed = random_weight(n, k, dtype)
+    values, meta = reference_compress(dense)
+    assert same(path.bitmask_decompress(compressed, bitmask, k), dense)
+    assert same(path.bitmask_compress(dense, bitmask), compressed)
+    for actual in (path.sm90_compress(dense), path.bitmask_to_sm90(compressed, bitmask, k)):
+        assert same(actual[0], values)
+        assert same(actual[1], meta)
+    assert same(path.sm90_decompress(values, meta, n, k), plus_zero(dense))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_zero_one_and_two_nonzeros_everywhere(path: Any, dtype: torch.dtype) -> None:
+    dense = every_group(dtype)
+    k = dense.shape[1]
+    values, meta = reference_compress(dense)
+    actual = path.sm90_compress(dense)
+    assert same(actual[0], values)
+    assert same(actual[1], meta)
+    assert same(path.sm90_decompress(values, meta, 2, k), plus_zero(dense))
+
+    # The mask keeps all nonzeros, then the lowest zero columns.
+    expected = []
+    for row in bits(plus_zero(dense)).tolist():
+        packed = [0] * -(-k // 8)
+        for column in range(0, k, 4):
+            kept = [p for p in range(4) if row[column + p] != 0]
+            kept += [p for p in range(4) if p not in kept][: 2 - len(kept)]
+            for p in kept:
+                packed[(column + p) // 8] |= 1 << (column + p) % 8
+        expected.append(packed)
+    bitmask = path.bitmask_of(dense)
+    assert same(bitmask, torch.tensor(expected, dtype=torch.uint8))
+    compressed = path.bitmask_compress(dense, bitmask)
+    assert same(plus_zero(path.bitmask_decompress(compressed, bitmask, k)), plus_zero(dense))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_kept_pairs_of_every_mask_and_value(path: Any) -> None:
+    """Every bitmask byte with every choice of zero values, where the fused path has to move."""
+    pairs = [(a, b) for a in KEPT_PAIRS for b in KEPT_PAIRS]
+    for dtype in (torch.int8, torch.float16):
+        minus = -0x80 if dtype == torch.int8 else -0x8000
+        masks, values = [], []
+        for low, high in pairs:
+            byte = sum(1 << p for p in low) | sum(16 << p for p in high)
+            for zeros in range(16):
+                masks.append(byte)
+                nonzero = [minus if i == zeros % 4 else 9 for i in range(4)]
+                values += [0 if zeros >> i & 1 else nonzero[i] for i in range(4)]
+        bitmask = torch.tensor([masks], dtype=torch.uint8)
+        compressed = from_bits([values], dtype)
+        k = 8 * len(masks)
+        dense = path.bitmask_decompress(compressed, bitmask, k)
+        expected = reference_compress(dense)
+        actual = path.bitmask_to_sm90(compressed, bitmask, k)
+        assert same(actual[0], expected[0])
+        assert same(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_mask_error_names_the_first_group(path: Any) -> None:
+    dense, bitmask, compressed = random_weight(7, 40, torch.int8)
+    bitmask[2, 3] = (bitmask[2, 3] & 0x0F) | 0x70
+    bitmask[2, 4] = 0
+    bitmask[5, 0] = 0xFF
+    message = "row 2, column 28: the bitmask keeps 3 of 4 columns"
+    with pytest.raises(ValueError, match=message):
+        path.bitmask_decompress(compressed, bitmask, 40)
+    with pytest.raises(ValueError, match=message):
+        path.bitmask_to_sm90(compressed, bitmask, 40)
+    with pytest.raises(ValueError, match=message):
+        path.bitmask_compress(dense, bitmask)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4])
+@pytest.mark.parametrize("path", PATHS)
+def test_mask_error_names_the_count(path: Any, count: int) -> None:
+    _, bitmask, compressed = random_weight(3, 12, torch.float16)
+    bitmask[1, 0] = (bitmask[1, 0] & 0xF0) | ((1 << count) - 1)
+    message = f"row 1, column 0: the bitmask keeps {count} of 4 columns"
+    for function in (path.bitmask_decompress, path.bitmask_to_sm90):
+        with pytest.raises(ValueError, match=message):
+            function(compressed, bitmask, 12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_mask_bits_past_the_last_column(path: Any) -> None:
+    dense, bitmask, compressed = random_weight(3, 12, torch.float16)
+    bitmask[1, 1] |= 0x30
+    message = "row 1, column 12: the bitmask keeps 2 of 4 columns, but the weight has only 12"
+    for function in (path.bitmask_decompress, path.bitmask_to_sm90):
+        with pytest.raises(ValueError, match=message):
+            function(compressed, bitmask, 12)
+    with pytest.raises(ValueError, match=message):
+        path.bitmask_compress(dense, bitmask)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_dense_error_names_the_first_group(path: Any, dtype: torch.dtype) -> None:
+    dense = random_weight(70, 152, dtype)[0]
+    raw = bits(dense)
+    raw[66, 132:136] = 1
+    raw[66, 148:151] = 1
+    raw[69, 0:4] = 1
+    for function in (path.sm90_compress, path.bitmask_of):
+        with pytest.raises(ValueError, match="row 66, column 132: 4 of 4 columns are nonzero"):
+            function(dense)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_three_nonzeros_in_any_position(path: Any) -> None:
+    for spared in range(4):
+        dense = torch.ones(1, 4, dtype=torch.int8)
+        dense[0, spared] = 0
+        for function in (path.sm90_compress, path.bitmask_of):
+            with pytest.raises(ValueError, match="row 0, column 0: 3 of 4"):
+                function(dense)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_minus_zero_of_float8_is_a_nonzero(path: Any) -> None:
+    dense = torch.tensor([[-0.0, 1.0, 2.0, 0.0]]).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="3 of 4"):
+        path.sm90_compress(dense)
+    values, _ = path.sm90_compress(dense.to(torch.float16))
+    assert values.tolist() == [[1.0, 2.0]]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bitmask_compress_refuses_to_drop_a_nonzero(path: Any) -> None:
+    for dtype in (torch.int8, torch.bfloat16):
+        dense, bitmask, _ = random_weight(6, 24, dtype)
+        column = next(c for c in range(8, 12) if not int(bitmask[4, 1]) >> c % 8 & 1)
+        bits(dense)[4, column] = 5
+        with pytest.raises(ValueError, match=f"row 4, column {column}: nonzero, but the bitmask"):
+            path.bitmask_compress(dense, bitmask)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bitmask_compress_takes_a_dropped_minus_zero_for_zero(path: Any) -> None:
+    dense = torch.tensor([[-0.0, 1.0, -0.0, -0.0, -0.0, 0.0, 3.0, -0.0]], dtype=torch.float16)
+    bitmask = torch.tensor([[0b0110_0110]], dtype=torch.uint8)
+    expected = torch.tensor([[1.0, -0.0, 0.0, 3.0]], dtype=torch.float16)
+    assert same(path.bitmask_compress(dense, bitmask), expected)
+
+
+def nibble_position(n: int, row: int, column: int, size: int) -> int:
+    padded_n = -(-n // 64) * 64
+    r, c = row % 64, column % 128
+    if size == 1:
+        inner = r * 128 + c
+    else:
+        inner = c % 16 + 16 * (r // 8 % 2) + 32 * (c // 32) + 128 * (r % 8)
+        inner += 1024 * (c // 16 % 2) + 2048 * (r // 16)
+    return (row // 64 * 64 * 128 + column // 128 * padded_n * 128 + inner) // 4
+
+
+def set_nibble(meta: Tensor, position: int, nibble: int) -> None:
+    flat = meta.view(-1)
+    old = int(flat[position // 2])
+    shift = 4 * (position % 2)
+    flat[position // 2] = (old & ~(15 << shift)) | nibble << shift
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_sm90_decompress_checks_the_index_pairs(path: Any, dtype: torch.dtype) -> None:
+    n, k = 67, 136
+    values = torch.full((n, k // 2), 3, dtype=torch.int32).to(dtype)
+    size = values.element_size()
+    good = torch.zeros(sparse24.meta_shape(n, k), dtype=torch.uint8)
+    for row in range(n):
+        for column in range(0, k, 4):
+            set_nibble(good, nibble_position(n, row, column, size), 0b0100)
+    valid = {i0 | i1 << 2 for i0, i1 in KEPT_PAIRS}
+    for nibble in range(1, 16) if isinstance(path, Cpu) else (2, 5, 9, 15):
+        meta = good.clone()
+        set_nibble(meta, nibble_position(n, 65, 132, size), nibble)
+        if nibble in valid:
+            assert path.sm90_decompress(values, meta, n, k).shape == (n, k)
+            continue
+        pair = rf"\({nibble & 3}, {nibble >> 2}\)"
+        with pytest.raises(ValueError, match=f"row 65, column 132: {pair} is no index pair"):
+            path.sm90_decompress(values, meta, n, k)
+
+    meta = good.clone()
+    set_nibble(meta, nibble_position(n, 8, 20, size), 0)
+    with pytest.raises(ValueError, match=r"row 8, column 20: the index pair is \(0, 0\)"):
+        path.sm90_decompress(values, meta, n, k)
+    values[8, 10:12] = 0
+    assert not bool(bits(path.sm90_decompress(values, meta, n, k))[8, 20:24].any())
+
+    for row, column in ((67, 0), (3, 136), (127, 252)):
+        meta = good.clone()
+        set_nibble(meta, nibble_position(n, row, column, size), 0b0100)
+        with pytest.raises(ValueError, match=f"row {row}, column {column}: padding"):
+            path.sm90_decompress(values, meta, n, k)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_sm90_decompress_checks_half_a_byte_of_padding(path: Any) -> None:
+    values, meta = path.sm90_compress(torch.zeros(2, 12, dtype=torch.int8))
+    set_nibble(meta, nibble_position(2, 1, 12, 1), 0b0100)
+    with pytest.raises(ValueError, match="row 1, column 12: padding"):
+        path.sm90_decompress(values, meta, 2, 12)
+
+
+def test_an_error_leaves_nothing_behind() -> None:
+    """A call after a failed one starts from a clean error word."""
+    path: Any = Cpu() if torch.cuda.is_available() else Interpreted()
+    good, bitmask, compressed = random_weight(3, 16, torch.int8)
+    bad = torch.ones(3, 16, dtype=torch.int8)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="row 0, column 0"):
+            path.sm90_compress(bad)
+        assert same(path.bitmask_decompress(compressed, bitmask, 16), good)
+
+
+def test_wrong_arguments() -> None:
+    dense, bitmask, compressed = random_weight(4, 16, torch.float16)
+    values, meta = sparse24.sm90_compress(dense)
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (lambda: sparse24.sm90_compress(dense[:, :14]), "multiple of 4"),
+        (lambda: sparse24.sm90_compress(dense.float()), "float32"),
+        (lambda: sparse24.sm90_compress(dense[0]), "two dimensions"),
+        (lambda: sparse24.bitmask_of(dense[:, :15]), "multiple of 4"),
+        (lambda: sparse24.bitmask_compress(dense, bitmask[:, :1]), "bitmask has shape"),
+        (lambda: sparse24.bitmask_compress(dense, bitmask.char()), "torch.int8"),
+        (lambda: sparse24.bitmask_decompress(compressed, bitmask, 24), "compressed has shape"),
+        (lambda: sparse24.bitmask_decompress(compressed, bitmask[:3], 16), "bitmask has shape"),
+        (lambda: sparse24.bitmask_decompress(compressed, bitmask, 18), "multiple of 4"),
+        (lambda: sparse24.bitmask_to_sm90(compressed[:3], bitmask, 16), "bitmask has shape"),
+        (lambda: sparse24.sm90_decompress(values, meta[:32], 4, 16), "meta has shape"),
+        (lambda: sparse24.sm90_decompress(values, meta, 5, 16), "values has shape"),
+        (lambda: sparse24.bitmask_compress(dense, bitmask.to("meta")), "is on meta"),
+    ]
+    for call, message in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_strided_and_unaligned_inputs(path: Any) -> None:
+    for dtype in (torch.int8, torch.bfloat16):
+        dense, bitmask, compressed = random_weight(6, 24, dtype)
+        values, meta = reference_compress(dense)
+
+        def moved(tensor: Tensor) -> Iterator[Tensor]:
+            yield bits(tensor).t().contiguous().t().view(tensor.dtype)
+            raw = torch.zeros(tensor.numel() + 3, dtype=bits(tensor).dtype)
+            raw[3:] = bits(tensor).flatten()
+            yield raw[3:].view(tensor.shape).view(tensor.dtype)
+
+        for d, m, c, v in zip(*map(moved, (dense, bitmask, compressed, values)), strict=True):
+            assert same(path.bitmask_decompress(c, m, 24), dense)
+            assert same(path.bitmask_compress(d, m), compressed)
+            assert same(path.sm90_compress(d)[1], meta)
+            assert same(path.bitmask_to_sm90(c, m, 24)[0], values)
+            assert same(path.sm90_decompress(v, meta, 6, 24), plus_zero(dense))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows(dtype: torch.dtype) -> None:
+    compressed = torch.zeros(0, 8, dtype=dtype)
+    bitmask = torch.zeros(0, 2, dtype=torch.uint8)
+    assert sparse24.bitmask_decompress(compressed, bitmask, 16).shape == (0, 16)
+    values, meta = sparse24.bitmask_to_sm90(compressed, bitmask, 16)
+    assert values.shape == (0, 8)
+    assert meta.shape == (0, 16)
+
+
+def large_weight(
+    n: int, k: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dense, bitmask and compressed by torch's own masked assignment; some values are 0 or -0.0."""
+    generator = torch.Generator(device=device).manual_seed(n + k)
+    nibbles = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=device)
+    choice = torch.randint(0, 6, (n, k // 4), device=device, generator=generator)
+    columns = torch.arange(4, dtype=torch.uint8, device=device)
+    kept = ((nibbles[choice][..., None] >> columns) & 1).bool().view(n, k)
+    top = 0x80 if torch.zeros(0, dtype=dtype).element_size() == 1 else 0x8000
+    integer = torch.int8 if top == 0x80 else torch.int16
+    raw = torch.randint(-top, top, (n, k // 2), device=device, generator=generator)
+    rare = torch.randint(0, 50, (n, k // 2), device=device, generator=generator)
+    raw = raw.masked_fill(rare == 0, 0).masked_fill(rare == 1, -top).to(integer)
+    dense = torch.zeros(n, k, dtype=integer, device=device)
+    dense[kept] = raw.flatten()
+    weights = 1 << torch.arange(8, dtype=torch.int32, device=device)
+    padded = torch.nn.functional.pad(kept, (0, -k % 8)).unflatten(1, (-1, 8))
+    bitmask = (padded * weights).sum(2).to(torch.uint8)
+    return dense.view(dtype), bitmask, raw.view(dtype)
+
+
+@pytest.mark.parametrize("k", [2048, 2044])
+def test_many_blocks_on_several_threads(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    monkeypatch.setattr(sparse24, "_THREADED_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert threading.current_thread() is threading.main_thread()
+    for dtype in (torch.int8, torch.float16):
+        dense, bitmask, compressed = large_weight(300, k, dtype)
+        assert same(sparse24.bitmask_decompress(compressed, bitmask, k), dense)
+        assert same(sparse24.bitmask_compress(dense, bitmask), compressed)
+        values, meta = sparse24.bitmask_to_sm90(compressed, bitmask, k)
+        # The first 64 rows and the last 44 stand for themselves in the metadata.
+        for rows in (slice(0, 64), slice(256, 300)):
+            part = reference_compress(dense[rows])
+            assert same(values[rows], part[0])
+            blocks = meta.view(k // 128 + (k % 128 > 0), 5, 1024)
+            assert torch.equal(blocks[:, rows.start // 64].flatten(), part[1].flatten())
+        again = sparse24.sm90_compress(dense)
+        assert same(again[0], values)
+        assert same(again[1], meta)
+        assert same(sparse24.sm90_decompress(values, meta, 300, k), plus_zero(dense))
+
+        raw = bits(dense)
+        raw[40, 400:404] = 1
+        raw[299, 0:4] = 1
+        with pytest.raises(ValueError, match="row 40, column 400"):
+            sparse24.sm90_compress(dense)
+
+
+def test_callers_may_be_threads() -> None:
+    weights = [large_weight(96, 512, dtype) for dtype in (torch.int8, torch.float16)] * 4
+
+    def work(weight: tuple[Tensor, Tensor, Tensor]) -> bool:
+        dense, bitmask, compressed = weight
+        fused = sparse24.bitmask_to_sm90(compressed, bitmask, 512)
+        long_way = sparse24.sm90_compress(sparse24.bitmask_decompress(compressed, bitmask, 512))
+        return all(same(a, b) for a, b in zip(fused, long_way, strict=True)) and same(
+            sparse24.bitmask_decompress(compressed, bitmask, 512), dense
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, weights))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(4096, 8192), (1000, 2052), (130, 584), (3, 28672)], ids=str)
+def test_gpu_equals_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    n, k = shape
+    dense, bitmask, compressed = large_weight(n, k, dtype, "cuda")
+    assert same(sparse24.bitmask_decompress(compressed, bitmask, k), dense)
+    assert same(sparse24.bitmask_compress(dense, bitmask), compressed)
+    assert same(sparse24.bitmask_of(dense), sparse24.bitmask_of(dense.cpu()))
+    expected = sparse24.sm90_compress(dense.cpu())
+    for actual in (sparse24.sm90_compress(dense), sparse24.bitmask_to_sm90(compressed, bitmask, k)):
+        assert same(actual[0], expected[0])
+        assert same(actual[1], expected[1])
+    back = sparse24.sm90_decompress(*actual, n, k)
+    assert back.device.type == "cuda"
+    assert same(back, plus_zero(dense))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gpu_equals_the_formulas(dtype: torch.dtype) -> None:
+    for n, k in SHAPES:
+        dense, bitmask, compressed = random_weight(n, k, dtype)
+        expected = reference_compress(dense)
+        actual = sparse24.sm90_compress(dense.cuda())
+        fused = sparse24.bitmask_to_sm90(compressed.cuda(), bitmask.cuda(), k)
+        for side in range(2):
+            assert same(actual[side], expected[side])
+            assert same(fused[side], expected[side])
+
+
+@pytest.mark.gpu
+def test_gpu_raises_what_the_cpu_raises() -> None:
+    dense, bitmask, compressed = large_weight(200, 1032, torch.float16)
+    values, meta = sparse24.sm90_compress(dense)
+    bits(dense)[77, 516:519] = 1
+    bits(dense)[199, 0:4] = 1
+    bitmask[150, 128] = 0x07
+    meta[70, 3] = 0xFF
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+        (sparse24.sm90_compress, (dense,)),
+        (sparse24.bitmask_of, (dense,)),
+        (sparse24.bitmask_compress, (dense, bitmask)),
+        (sparse24.bitmask_decompress, (compressed, bitmask, 1032)),
+        (sparse24.bitmask_to_sm90, (compressed, bitmask, 1032)),
+        (sparse24.sm90_decompress, (values, meta, 200, 1032)),
+    ]
+    for function, arguments in calls:
+        with pytest.raises(ValueError) as on_cpu:
+            function(*arguments)
+        with pytest.raises(ValueError) as on_gpu:
+            function(*(a.cuda() if isinstance(a, Tensor) else a for a in arguments))
+        assert str(on_gpu.value) == str(on_cpu.value)
