@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
     """Runs the command line."""
-    from ctconvert.cli import app
+    try:
+        from ctconvert.cli import app
 
-    app()
+        app()
+    except KeyboardInterrupt:  # before the command itself could catch it
+        sys.stderr.write("error: interrupted\n")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,14 @@ class Comparison:
                     f"module {name}: its part {part['name']} is no quantised module of the source"
                 )
             modules.append(module)
+        if len({len(module.experts) for module in modules}) > 1:
+            raise VerificationError(f"module {name}: its parts have unequal numbers of experts")
         units = [list(parts) for parts in zip(*(item.experts for item in modules), strict=True)]
         spec = stacked_spec([part.spec for part in units[0]])
+        if not (support := layout.supports(spec)):
+            raise VerificationError(
+                f"module {name}: {layout.name} cannot hold it: {support.reason}"
+            )
         stacked = modules[0].stacked_experts
         outputs = {}
         for local, tensor in layout.output_specs(spec).items():

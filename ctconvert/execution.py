@@ -84,14 +84,20 @@ def execute(
                 "to convert it again"
             )
         staging.discard_committed()
-        progress.note(f"{out} is already complete")
         if verify:
             verify_files(out, progress, workers)
+        progress.note(f"{out} is already complete")
         return _report(plan, out, resumed=len(plan.shards))
     staging.open(resume=resume, overwrite=overwrite)
     try:
         _check_space(plan, staging)
         resumed = _convert(plan, files, staging, device, workers, progress)
+        for name, modified in mtimes.items():
+            if (files.root / name).stat().st_mtime_ns != modified:
+                staging.discard()
+                raise ConversionError(
+                    f"{files.path(name)}: changed while it was being converted; nothing was kept"
+                )
         if verify:
             verify_files(staging.folder, progress, workers)
         staging.commit()

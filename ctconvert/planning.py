@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,23 @@ FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a module's name fits a glob, or ``re:`` and a regular expression."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    return fnmatch.fnmatchcase(module, pattern)
+
+
+def _names(modules: Mapping[str, Module]) -> Iterator[str]:
+    """Every name an output module can have: the source's, and those of fused ones."""
+    for name in modules:
+        yield name
+        parent, dot, leaf = name.rpartition(".")
+        for fused, leaves in FUSED.items():
+            if leaf in leaves:
+                yield f"{parent}{dot}{fused}"
 
 
 @dataclass(frozen=True)
@@ -57,11 +74,7 @@ class Options:
     def preference(self, module: str) -> tuple[str, ...]:
         """The layouts to try for a module, in order: an override alone, or the target's."""
         for pattern, name in self.overrides:
-            if pattern.startswith("re:"):
-                hit = re.match(pattern[3:], module) is not None
-            else:
-                hit = fnmatch.fnmatchcase(module, pattern)
-            if hit:
+            if matches(pattern, module):
                 return (name,)
         return layouts.TARGETS[self.target]
 
@@ -76,7 +89,8 @@ class Refusal:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.module} ({self.format}, {self.scheme}): {self.reason}"
+        text = f"{self.module} ({self.format}, {self.scheme}): {self.reason}"
+        return text.replace("\n", "\\n")
 
 
 @dataclass
@@ -192,7 +206,11 @@ def make_plan(description: Description, options: Options) -> Plan:
 
     Raises:
         BadInputError: two output tensors would have one name.
+        UsageError: a layout was asked for modules that are not there.
     """
+    for pattern, name in options.overrides:
+        if not any(matches(pattern, module) for module in _names(description.modules)):
+            raise UsageError(f"--layout {pattern}={name}: no quantised module has such a name")
     notes: list[str] = []
     planned: dict[str, ModulePlan] = {}
     refusals: list[Refusal] = []

@@ -33,7 +33,7 @@ from ctconvert.verification import Output, verify_files
 
 
 @dataclass(frozen=True)
-class _Source:
+class RecordedPart:
     """A part of an output module as the source held it."""
 
     part: Part
@@ -48,7 +48,7 @@ class _Restore(Work):
     def __init__(self, output: Output, name: str, settings: QuantizationSettings) -> None:
         record = output.manifest["modules"][name]
         self.name = name
-        self.sources = [_source(item, record, settings) for item in record["parts"]]
+        self.sources = [recorded_part(item, record, settings) for item in record["parts"]]
         layout = find_layout(name, record["layout"], record["layout_version"])
         spec = stacked_spec([source.part.spec for source in self.sources])
         count = record["experts"]
@@ -90,7 +90,7 @@ class _Restore(Work):
         for local, entry in self.joined.items():
             self._split(stream, local, entry)
 
-    def _put(self, stream: Stream, source: _Source, local: str, tensor: torch.Tensor) -> None:
+    def _put(self, stream: Stream, source: RecordedPart, local: str, tensor: torch.Tensor) -> None:
         spec = source.tensors[local]
         shape = spec.shape[1:] if self.item.stacked_experts else spec.shape
         made = tensor.to("cpu").to(torch_dtype(spec.dtype)).reshape(shape)
@@ -117,10 +117,19 @@ def _specs(records: Mapping[str, Any]) -> dict[str, TensorSpec]:
     }
 
 
-def _source(
+def recorded_part(
     item: Mapping[str, Any], record: Mapping[str, Any], settings: QuantizationSettings
-) -> _Source:
-    """A part's spec, made again by its format from what the manifest kept of the headers."""
+) -> RecordedPart:
+    """A part of an output module, from what the manifest kept of the source's headers.
+
+    Args:
+        item: an entry of the module's ``parts``.
+        record: the module's record.
+        settings: of the original quantization_config.
+
+    Raises:
+        VerificationError: the config no longer says how the module was quantised.
+    """
     name = item["name"]
     tensors = _specs(item["tensors"])
     values = {local: bytes.fromhex(data) for local, data in item["values"].items()}
@@ -149,7 +158,7 @@ def _source(
         {local: numbers(data, tensors[local])[-2:] for local, data in values.items()},
     )
     part = Part(name, handler.spec(described, scheme), {}, {})
-    return _Source(part, tensors, values, _specs(item["beside"]))
+    return RecordedPart(part, tensors, values, _specs(item["beside"]))
 
 
 def restored_config(folder: Path) -> dict[str, Any]:
@@ -198,6 +207,7 @@ def restore(
     if dest.is_symlink() or dest.name in ("", ".."):
         dest = dest.resolve()
     check_apart(folder, dest)
+    check_apart(folder, dest.with_name(dest.name + ".partial"))
     verify_files(folder, progress, workers)
     output = Output(folder)
     config = restored_config(folder)

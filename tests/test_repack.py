@@ -262,3 +262,34 @@ def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
         data[position] ^= 1 << (index % 8)
     path.write_bytes(data)
     ctconvert.verify(out)
+
+
+def test_bits_behind_the_last_code_are_not_lost_in_silence(tmp_path: Path) -> None:
+    from ctconvert.errors import BadInputError
+
+    scheme = group_config(weight_args(4, None))
+    made = quantised(24, 44, scheme, seed=1)
+    made["weight_packed"][5, -1] |= 1 << 20
+    tensors = {f"a.down_proj.{local}": tensor for local, tensor in made.items()}
+    source = write_checkpoint(tmp_path / "in", tensors, config_of(scheme))
+    with pytest.raises(BadInputError, match=r"a\.down_proj.*row 5"):
+        ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
+
+
+def test_an_override_for_nothing_is_an_error() -> None:
+    from ctconvert.errors import UsageError
+
+    with pytest.raises(UsageError, match=r"\*\.w1=triton-wna16"):
+        ctconvert.plan(EXAMPLE, target="cuda", layout={"*.w1": "triton-wna16"})
+    plan = ctconvert.plan(EXAMPLE, target="cuda", fuse=True, layout={"re:.*qkv": "triton-wna16"})
+    assert {module.layout.name for module in plan.modules} == {"triton-wna16", "marlin"}
+
+
+def test_only_a_checkpoint_is_replaced(tmp_path: Path) -> None:
+    from ctconvert.errors import UsageError
+
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letters.txt").write_text("dear")
+    with pytest.raises(UsageError, match="is no checkpoint"):
+        ctconvert.repack(EXAMPLE, tmp_path / "home", target="triton", device="cpu", overwrite=True)
+    assert (tmp_path / "home" / "letters.txt").read_text() == "dear"

@@ -146,9 +146,8 @@ def test_plain_path_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(unpack(words, 3, 45), codes)
 
 
-def test_fast_path_in_blocks_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_GRAIN", 64)
-    monkeypatch.setattr(packed, "_THREADED_BYTES", 1)
+def test_fast_path_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_ELEMENTS", 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for bits in WIDTHS:
         for k in (48, 45):
@@ -257,13 +256,12 @@ def test_transpose_of_ragged_shapes(bits: int, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_transpose_in_blocks_and_threads(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transpose_in_blocks(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     f = 32 // bits
     source = random_words(5 * f + 3, 11)
     expected = transpose_reference(source, bits, 11 * f - 1, pad_rows=True)
     monkeypatch.setattr(packed, "_ROWS", 2 * f)
-    monkeypatch.setattr(packed, "_GRAIN", 3 * f)  # 3 words wide, the last block narrower
-    monkeypatch.setattr(packed, "_THREADED_BYTES", 1)
+    monkeypatch.setattr(packed, "_ELEMENTS", f)  # 3 words wide, the last block narrower
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(transpose_packed(source, bits, 11 * f - 1, pad_rows=True), expected)
 
@@ -283,11 +281,13 @@ def transpose_by_codes(words: torch.Tensor, bits: int, columns: int) -> torch.Te
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_transpose_of_more_than_one_full_block(bits: int) -> None:
+def test_transpose_of_more_than_one_full_block(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     f = 32 // bits
-    source = random_words(packed._ROWS + 2 * f, 130)
+    words = 2 * packed._ELEMENTS // packed._ROWS + 5
+    source = random_words(packed._ROWS + 2 * f, words)
     found = transpose_packed(source, bits)
-    assert torch.equal(found, transpose_by_codes(source, bits, 130 * f))
+    assert torch.equal(found, transpose_by_codes(source, bits, words * f))
 
 
 def test_transpose_of_strided_input() -> None:
@@ -421,12 +421,3 @@ def test_int8_on_the_gpu(bits: int, shape: tuple[int, int]) -> None:
         q[5, 3] = 100
         with pytest.raises(ValueError, match="row 5, column 3: 100 is outside"):
             pack_int8(q, bits)
-
-
-def test_spread_keeps_the_order_of_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_THREADED_BYTES", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    shares: list[list[int]] = []
-    packed._spread(lambda items: shares.append(list(items)), range(10), torch.zeros(8))
-    assert len(shares) == 4
-    assert [item for share in sorted(shares) for item in share] == list(range(10))

@@ -161,7 +161,6 @@ class Cpu:
     bitmask_of = staticmethod(sparse24.bitmask_of)
     sm90_compress = staticmethod(sparse24.sm90_compress)
     sm90_decompress = staticmethod(sparse24.sm90_decompress)
-    bitmask_to_sm90 = staticmethod(sparse24.bitmask_to_sm90)
 
 
 class Interpreted:
@@ -203,9 +202,9 @@ def test_every_transform_equals_its_formula(
     values, meta = reference_compress(dense)
     assert same(path.bitmask_decompress(compressed, bitmask, k), dense)
     assert same(path.bitmask_compress(dense, bitmask), compressed)
-    for actual in (path.sm90_compress(dense), path.bitmask_to_sm90(compressed, bitmask, k)):
-        assert same(actual[0], values)
-        assert same(actual[1], meta)
+    actual = path.sm90_compress(dense)
+    assert same(actual[0], values)
+    assert same(actual[1], meta)
     assert same(path.sm90_decompress(values, meta, n, k), plus_zero(dense))
 
 
@@ -237,29 +236,6 @@ def test_zero_one_and_two_nonzeros_everywhere(path: Any, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_kept_pairs_of_every_mask_and_value(path: Any) -> None:
-    """Every bitmask byte with every choice of zero values, where the fused path has to move."""
-    pairs = [(a, b) for a in KEPT_PAIRS for b in KEPT_PAIRS]
-    for dtype in (torch.int8, torch.float16):
-        minus = -0x80 if dtype == torch.int8 else -0x8000
-        masks, values = [], []
-        for low, high in pairs:
-            byte = sum(1 << p for p in low) | sum(16 << p for p in high)
-            for zeros in range(16):
-                masks.append(byte)
-                nonzero = [minus if i == zeros % 4 else 9 for i in range(4)]
-                values += [0 if zeros >> i & 1 else nonzero[i] for i in range(4)]
-        bitmask = torch.tensor([masks], dtype=torch.uint8)
-        compressed = from_bits([values], dtype)
-        k = 8 * len(masks)
-        dense = path.bitmask_decompress(compressed, bitmask, k)
-        expected = reference_compress(dense)
-        actual = path.bitmask_to_sm90(compressed, bitmask, k)
-        assert same(actual[0], expected[0])
-        assert same(actual[1], expected[1])
-
-
-@pytest.mark.parametrize("path", PATHS)
 def test_mask_error_names_the_first_group(path: Any) -> None:
     dense, bitmask, compressed = random_weight(7, 40, torch.int8)
     bitmask[2, 3] = (bitmask[2, 3] & 0x0F) | 0x70
@@ -268,8 +244,6 @@ def test_mask_error_names_the_first_group(path: Any) -> None:
     message = "row 2, column 28: the bitmask keeps 3 of 4 columns"
     with pytest.raises(ValueError, match=message):
         path.bitmask_decompress(compressed, bitmask, 40)
-    with pytest.raises(ValueError, match=message):
-        path.bitmask_to_sm90(compressed, bitmask, 40)
     with pytest.raises(ValueError, match=message):
         path.bitmask_compress(dense, bitmask)
 
@@ -280,9 +254,8 @@ def test_mask_error_names_the_count(path: Any, count: int) -> None:
     _, bitmask, compressed = random_weight(3, 12, torch.float16)
     bitmask[1, 0] = (bitmask[1, 0] & 0xF0) | ((1 << count) - 1)
     message = f"row 1, column 0: the bitmask keeps {count} of 4 columns"
-    for function in (path.bitmask_decompress, path.bitmask_to_sm90):
-        with pytest.raises(ValueError, match=message):
-            function(compressed, bitmask, 12)
+    with pytest.raises(ValueError, match=message):
+        path.bitmask_decompress(compressed, bitmask, 12)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -290,9 +263,8 @@ def test_mask_bits_past_the_last_column(path: Any) -> None:
     dense, bitmask, compressed = random_weight(3, 12, torch.float16)
     bitmask[1, 1] |= 0x30
     message = "row 1, column 12: the bitmask keeps 2 of 4 columns, but the weight has only 12"
-    for function in (path.bitmask_decompress, path.bitmask_to_sm90):
-        with pytest.raises(ValueError, match=message):
-            function(compressed, bitmask, 12)
+    with pytest.raises(ValueError, match=message):
+        path.bitmask_decompress(compressed, bitmask, 12)
     with pytest.raises(ValueError, match=message):
         path.bitmask_compress(dense, bitmask)
 
@@ -432,7 +404,6 @@ def test_wrong_arguments() -> None:
         (lambda: sparse24.bitmask_decompress(compressed, bitmask, 24), "compressed has shape"),
         (lambda: sparse24.bitmask_decompress(compressed, bitmask[:3], 16), "bitmask has shape"),
         (lambda: sparse24.bitmask_decompress(compressed, bitmask, 18), "multiple of 4"),
-        (lambda: sparse24.bitmask_to_sm90(compressed[:3], bitmask, 16), "bitmask has shape"),
         (lambda: sparse24.sm90_decompress(values, meta[:32], 4, 16), "meta has shape"),
         (lambda: sparse24.sm90_decompress(values, meta, 5, 16), "values has shape"),
         (lambda: sparse24.bitmask_compress(dense, bitmask.to("meta")), "is on meta"),
@@ -458,7 +429,6 @@ def test_strided_and_unaligned_inputs(path: Any) -> None:
             assert same(path.bitmask_decompress(c, m, 24), dense)
             assert same(path.bitmask_compress(d, m), compressed)
             assert same(path.sm90_compress(d)[1], meta)
-            assert same(path.bitmask_to_sm90(c, m, 24)[0], values)
             assert same(path.sm90_decompress(v, meta, 6, 24), plus_zero(dense))
 
 
@@ -467,7 +437,7 @@ def test_no_rows(dtype: torch.dtype) -> None:
     compressed = torch.zeros(0, 8, dtype=dtype)
     bitmask = torch.zeros(0, 2, dtype=torch.uint8)
     assert sparse24.bitmask_decompress(compressed, bitmask, 16).shape == (0, 16)
-    values, meta = sparse24.bitmask_to_sm90(compressed, bitmask, 16)
+    values, meta = sparse24.sm90_compress(torch.zeros(0, 16, dtype=dtype))
     assert values.shape == (0, 8)
     assert meta.shape == (0, 16)
 
@@ -503,16 +473,13 @@ def test_many_blocks_on_several_threads(monkeypatch: pytest.MonkeyPatch, k: int)
         dense, bitmask, compressed = large_weight(300, k, dtype)
         assert same(sparse24.bitmask_decompress(compressed, bitmask, k), dense)
         assert same(sparse24.bitmask_compress(dense, bitmask), compressed)
-        values, meta = sparse24.bitmask_to_sm90(compressed, bitmask, k)
+        values, meta = sparse24.sm90_compress(dense)
         # The first 64 rows and the last 44 stand for themselves in the metadata.
         for rows in (slice(0, 64), slice(256, 300)):
             part = reference_compress(dense[rows])
             assert same(values[rows], part[0])
             blocks = meta.view(k // 128 + (k % 128 > 0), 5, 1024)
             assert torch.equal(blocks[:, rows.start // 64].flatten(), part[1].flatten())
-        again = sparse24.sm90_compress(dense)
-        assert same(again[0], values)
-        assert same(again[1], meta)
         assert same(sparse24.sm90_decompress(values, meta, 300, k), plus_zero(dense))
 
         raw = bits(dense)
@@ -522,19 +489,29 @@ def test_many_blocks_on_several_threads(monkeypatch: pytest.MonkeyPatch, k: int)
             sparse24.sm90_compress(dense)
 
 
-def test_callers_may_be_threads() -> None:
-    weights = [large_weight(96, 512, dtype) for dtype in (torch.int8, torch.float16)] * 4
+def test_threads_follow_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse24, "_THREADED_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    dense, bitmask, compressed = large_weight(300, 2048, torch.int8)
+    with torch.inference_mode():
+        assert same(sparse24.bitmask_decompress(compressed, bitmask, 2048), dense)
+        values, meta = sparse24.sm90_compress(dense)
+        assert same(sparse24.sm90_decompress(values, meta, 300, 2048), dense)
 
-    def work(weight: tuple[Tensor, Tensor, Tensor]) -> bool:
+
+def test_callers_may_be_threads() -> None:
+    weights = [large_weight(96, 512, dtype) for dtype in (torch.int8, torch.float16)]
+    references = [reference_compress(dense) for dense, _, _ in weights]
+
+    def work(weight: tuple[Tensor, Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
         dense, bitmask, compressed = weight
-        fused = sparse24.bitmask_to_sm90(compressed, bitmask, 512)
-        long_way = sparse24.sm90_compress(sparse24.bitmask_decompress(compressed, bitmask, 512))
-        return all(same(a, b) for a, b in zip(fused, long_way, strict=True)) and same(
+        actual = sparse24.sm90_compress(sparse24.bitmask_decompress(compressed, bitmask, 512))
+        return all(same(a, b) for a, b in zip(actual, expected, strict=True)) and same(
             sparse24.bitmask_decompress(compressed, bitmask, 512), dense
         )
 
     with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(work, weights))
+        assert all(pool.map(work, weights * 4, references * 4))
 
 
 @pytest.mark.gpu
@@ -547,9 +524,9 @@ def test_gpu_equals_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert same(sparse24.bitmask_compress(dense, bitmask), compressed)
     assert same(sparse24.bitmask_of(dense), sparse24.bitmask_of(dense.cpu()))
     expected = sparse24.sm90_compress(dense.cpu())
-    for actual in (sparse24.sm90_compress(dense), sparse24.bitmask_to_sm90(compressed, bitmask, k)):
-        assert same(actual[0], expected[0])
-        assert same(actual[1], expected[1])
+    actual = sparse24.sm90_compress(dense)
+    assert same(actual[0], expected[0])
+    assert same(actual[1], expected[1])
     back = sparse24.sm90_decompress(*actual, n, k)
     assert back.device.type == "cuda"
     assert same(back, plus_zero(dense))
@@ -559,13 +536,11 @@ def test_gpu_equals_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gpu_equals_the_formulas(dtype: torch.dtype) -> None:
     for n, k in SHAPES:
-        dense, bitmask, compressed = random_weight(n, k, dtype)
+        dense = random_weight(n, k, dtype)[0]
         expected = reference_compress(dense)
         actual = sparse24.sm90_compress(dense.cuda())
-        fused = sparse24.bitmask_to_sm90(compressed.cuda(), bitmask.cuda(), k)
         for side in range(2):
             assert same(actual[side], expected[side])
-            assert same(fused[side], expected[side])
 
 
 @pytest.mark.gpu
@@ -581,7 +556,6 @@ def test_gpu_raises_what_the_cpu_raises() -> None:
         (sparse24.bitmask_of, (dense,)),
         (sparse24.bitmask_compress, (dense, bitmask)),
         (sparse24.bitmask_decompress, (compressed, bitmask, 1032)),
-        (sparse24.bitmask_to_sm90, (compressed, bitmask, 1032)),
         (sparse24.sm90_decompress, (values, meta, 200, 1032)),
     ]
     for function, arguments in calls:

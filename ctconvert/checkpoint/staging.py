@@ -57,6 +57,10 @@ class Staging:
                 + (", and there is no unfinished conversion of it to resume" if resume else "")
                 + "; choose another place, or use --overwrite"
             )
+        if _in_use(self.out) and not any(
+            (self.out / n).exists() for n in ("config.json", manifest.NAME)
+        ):
+            raise UsageError(f"{self.out} is no checkpoint, and only a checkpoint is replaced")
         if self.out.is_mount():
             raise UsageError(f"{self.out} is a mount point; name a directory inside it")
         if self.root.exists() and not (self.root.is_dir() and (unfinished or _is_empty(self.root))):

@@ -61,6 +61,18 @@ def _packing(tensors: ModuleTensors, words: int, k: int, bits: int) -> str:
     return "dense" if tensors.version >= DENSE_SINCE else "padded"
 
 
+def _check_padding(words: torch.Tensor, spec: WeightSpec) -> None:
+    """Raises ValueError where the bits behind the last code of a row are not 0."""
+    used = spec.k * spec.bits % 32
+    if spec.packing == "padded":
+        used = spec.k % spec.codes_per_word * spec.bits
+    if used == 0:
+        return
+    wrong = (words[:, -1] >> used).nonzero()  # an arithmetic shift: 0 only where all bits are
+    if wrong.numel():
+        raise ValueError(f"weight_packed: row {int(wrong[0])} holds bits behind its last code")
+
+
 class PackQuantized(Format):
     name = "pack-quantized"
     holds = "INT codes of 1 to 8 bits, packed along K"
@@ -129,6 +141,7 @@ class PackQuantized(Format):
         assert spec.scale_shape is not None
         scale = tensors["weight_scale"].reshape(spec.scale_shape)
         check_scale(scale)
+        _check_padding(tensors["weight_packed"], spec)
         zero_point = None
         if not spec.symmetric:
             packed = tensors["weight_zero_point"].t().contiguous()

@@ -10,7 +10,8 @@ Before (logical weight, N x K, b = 4 or 8 bits, f = 32/b)::
 After, ``marlin``::
 
     qweight              i32 [Kp/16, Np*16/f]   tiles
-    scales               [groups, Np]           reordered along N, in the source's dtype
+    scales               [groups, Np]           reordered along N, in the source's dtype; a
+                                                single row in the channel-wise order
     qzeros               i32 [groups, Np/f]     reordered and packed along N    asymmetric
     g_idx_sort_indices   i32 [K]                column j of the tiles is the weight's column [j]
 
@@ -160,7 +161,7 @@ class Marlin(_Marlin):
         scales = _padded_groups(scale, spec)
         made = {
             "qweight": marlin.marlin_pack(_padded_codes(weight), spec.bits),
-            "scales": marlin.marlin_permute_scales(scales, channelwise=spec.group_size is None),
+            "scales": marlin.marlin_permute_scales(scales, channelwise=scales.shape[0] == 1),
         }
         if weight.zero_point is not None:
             zeros = _padded_groups(weight.zero_point, spec)
@@ -186,7 +187,8 @@ class Marlin(_Marlin):
             g_idx[perm.long()] = columns // group
         if spec.storage == "plain":
             codes = unpack_int8(codes, spec.bits, spec.k)
-        scales = marlin.marlin_unpermute_scales(tensors["scales"], spec.group_size is None)
+        scales = tensors["scales"]
+        scales = marlin.marlin_unpermute_scales(scales, channelwise=scales.shape[0] == 1)
         zero_point = None
         if not spec.symmetric:
             zeros = marlin.marlin_unpack_zero_points(tensors["qzeros"], spec.bits)

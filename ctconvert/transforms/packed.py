@@ -20,30 +20,23 @@ CPU tensors take the torch code of this file, CUDA and XPU tensors the Triton ke
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-
-T = TypeVar("T")
 
 #: Widths whose codes never straddle a word and that the fast paths and the kernels take.
 WORD_BITS = (2, 4, 8)
 
-# Torch runs an elementwise op of at most this many elements in the calling thread (its
-# GRAIN_SIZE). Blocks are cut to it: the temporaries stay in the L2 cache, and the threads of this
-# file, or of the caller, never wait for one another's OpenMP teams.
-_GRAIN = 32768
+# Elements of one operation for each of torch's threads. The temporaries, a few such operands, stay
+# near the core, and an operation is long beside its launch and beside the threads' barrier.
+_ELEMENTS = 1 << 17
+_MAX_THREADS = 16  # more gain nothing, but the temporaries grow with them
 # Codes of one block of the plain path: on an accelerator launches, not bytes, are what it spends.
 _BLOCK_CODES = 4 << 20
 _DEVICE_BLOCK_CODES = 64 << 20
-# Under this many bytes a thread costs more than it brings.
-_THREADED_BYTES = 8 << 20
-_ROWS = 512  # rows of one transposed block: runs of 256 bytes of output for b = 4
+_ROWS = 1024  # rows of one transposed block: runs of 512 bytes of output for b = 4
 
 
 def codes_per_word(bits: int) -> int:
@@ -167,9 +160,9 @@ def transpose_packed(
     ``transpose_packed(transpose_packed(words, b, K), b, N, pad_rows=True)`` is ``words`` for a
     [N, ceil(K/f)] weight whose trailing bits are zero.
 
-    ``bits`` is 2, 4 or 8. Safe to call from several threads; called from the main thread it uses
-    up to ``torch.get_num_threads()`` threads of its own on the CPU. Beside input and output it
-    needs under 2 MiB a thread.
+    ``bits`` is 2, 4 or 8. Safe to call from several threads. On the CPU every operation runs on
+    ``torch.get_num_threads()`` threads; callers that are themselves parallel set that lower. Beside
+    input and output it needs 1.5 MiB for each of them, 6 MiB at most where the edges are ragged.
 
     The algorithm is the recursive block-swap transpose of Warren, "Hacker's Delight", section 7-3,
     over fields of b, 2b, .. 8 bits, then a strided copy of 16-bit elements.
@@ -255,26 +248,8 @@ def _plain_blocks(tensor: torch.Tensor, k: int) -> Iterator[slice]:
     return _slices(tensor.shape[0], codes // max(k, 1))
 
 
-def _spread(work: Callable[[Sequence[T]], None], items: Sequence[T], tensor: torch.Tensor) -> None:
-    """Calls ``work`` on consecutive shares of ``items``, which cut up ``tensor``, one a thread.
-
-    A caller that is itself a worker thread gets no further threads: it has its own share of the
-    cores. The error raised is that of the first share that has one.
-    """
-    workers = 1
-    if (
-        tensor.device.type == "cpu"
-        and tensor.nbytes >= _THREADED_BYTES
-        and threading.current_thread() is threading.main_thread()
-    ):
-        workers = min(torch.get_num_threads(), len(items), 8)  # beyond 8 the GIL is the limit
-    if workers == 1:
-        work(items)
-        return
-    cuts = [len(items) * i // workers for i in range(workers + 1)]
-    with ThreadPoolExecutor(workers) as pool:
-        for share in [pool.submit(work, items[a:b]) for a, b in pairwise(cuts)]:
-            share.result()
+def _block_elements() -> int:
+    return _ELEMENTS * min(torch.get_num_threads(), _MAX_THREADS)
 
 
 # -------------------------------------------------------------- plain path, any width and device
@@ -370,31 +345,27 @@ def _pack_bytes(values: torch.Tensor, bits: int, offset: int) -> torch.Tensor:
     # Adding half the range to a two's complement code flips its top bit.
     flip = _signed(offset * (0xFFFFFFFF // ((1 << bits) - 1)))
 
-    def work(blocks: Sequence[slice]) -> None:
-        rows_at_once = blocks[0].stop - blocks[0].start
-        scratch = torch.empty(rows_at_once * padded // wide.itemsize, dtype=wide, device=out.device)
-        for rows in blocks:
-            block = values[rows]
-            if not aligned:  # the value of code 0 fills the last word
-                block = torch.nn.functional.pad(block, (0, padded - k), value=-offset).contiguous()
-            x = block.view(wide)
-            if bits < 8:
-                y = scratch[: x.numel()].view_as(x)
-                # Codes come together in the top byte of the product, lowest first; no two terms
-                # share a bit. The copy keeps the low byte of what is shifted down.
-                if bits == 4:
-                    torch.bitwise_and(x, 0x0F0F, out=y)
-                    y.mul_(1 << 8 | 1 << 4).bitwise_right_shift_(8)
-                else:
-                    torch.bitwise_and(x, 0x03030303, out=y)
-                    y.mul_(1 << 24 | 1 << 18 | 1 << 12 | 1 << 6).bitwise_right_shift_(24)
-                out[rows].view(torch.uint8).copy_(y)
-                x = out[rows]
-            if flip or bits == 8:
-                torch.bitwise_xor(x, flip, out=out[rows])
-
-    blocks = list(_slices(n, _GRAIN * (wide.itemsize if aligned else 1) // padded))
-    _spread(work, blocks, values)
+    height = min(n, max(_block_elements() * wide.itemsize // padded, 1))
+    scratch = torch.empty((height, padded // wide.itemsize), dtype=wide, device=out.device)
+    for rows in _slices(n, height):
+        block = values[rows]
+        if not aligned:  # the value of code 0 fills the last word
+            block = torch.nn.functional.pad(block, (0, padded - k), value=-offset).contiguous()
+        x, target = block.view(wide), out[rows]
+        if bits < 8:
+            y = scratch[: x.shape[0]]
+            # Codes come together in the top byte of the product, lowest first; no two terms share
+            # a bit. The copy keeps the low byte of what is shifted down.
+            if bits == 4:
+                torch.bitwise_and(x, 0x0F0F, out=y)
+                y.mul_(1 << 8 | 1 << 4).bitwise_right_shift_(8)
+            else:
+                torch.bitwise_and(x, 0x03030303, out=y)
+                y.mul_(1 << 24 | 1 << 18 | 1 << 12 | 1 << 6).bitwise_right_shift_(24)
+            target.view(torch.uint8).copy_(y)
+            x = target
+        if flip or bits == 8:
+            torch.bitwise_xor(x, flip, out=target)
     return out
 
 
@@ -409,32 +380,29 @@ def _unpack_bytes(words: torch.Tensor, bits: int, out: torch.Tensor, offset: int
     every_byte = (1 << 8 * wide.itemsize) // 255
     flip = _signed(128 * every_byte, 8 * wide.itemsize) if offset else 0
 
-    def work(blocks: Sequence[slice]) -> None:
-        shape = blocks[0].stop - blocks[0].start, padded // wide.itemsize
-        scratch = [torch.empty(shape, dtype=wide, device=out.device) for _ in range(2)]
-        for rows in blocks:
-            block = words[rows].contiguous()
-            x, y = (t[: block.shape[0]] for t in scratch)
-            if bits == 8:
-                x = block
-            elif bits == 4:
-                x.copy_(block.view(torch.uint8))
-                torch.bitwise_left_shift(x, 4, out=y)
-                x.bitwise_or_(y).bitwise_and_(0x0F0F)
-            else:
-                x.copy_(block.view(torch.uint8))
-                x.mul_(1 << 12 | 1).bitwise_and_(0x000F000F)
-                x.mul_(1 << 6 | 1).bitwise_and_(0x03030303)
-            # code - offset in every byte is (code + 128 - offset) ^ 128: no carry between bytes.
-            if 0 < offset < 128:
-                x.add_((128 - offset) * every_byte)
-            whole = out[rows].view(wide) if k == padded else y
-            torch.bitwise_xor(x, flip, out=whole)
-            if k != padded:
-                out[rows].copy_(whole.view(out.dtype)[:, :k])
-
-    blocks = list(_slices(n, _GRAIN * (wide.itemsize if k == padded else 1) // padded))
-    _spread(work, blocks, out)
+    height = min(n, max(_block_elements() * wide.itemsize // padded, 1))
+    shape = height, padded // wide.itemsize
+    scratch = [torch.empty(shape, dtype=wide, device=out.device) for _ in range(2)]
+    for rows in _slices(n, height):
+        block = words[rows]
+        x, y = (t[: block.shape[0]] for t in scratch)
+        if bits == 8:
+            x = block
+        elif bits == 4:
+            x.copy_(block.view(torch.uint8))
+            torch.bitwise_left_shift(x, 4, out=y)
+            x.bitwise_or_(y).bitwise_and_(0x0F0F)
+        else:
+            x.copy_(block.view(torch.uint8))
+            x.mul_(1 << 12 | 1).bitwise_and_(0x000F000F)
+            x.mul_(1 << 6 | 1).bitwise_and_(0x03030303)
+        # code - offset in every byte is (code + 128 - offset) ^ 128: no carry between bytes.
+        if 0 < offset < 128:
+            x.add_((128 - offset) * every_byte)
+        whole = out[rows].view(wide) if k == padded else y
+        torch.bitwise_xor(x, flip, out=whole)
+        if k != padded:
+            out[rows].copy_(whole.view(out.dtype)[:, :k])
 
 
 # ------------------------------------------------------------------------- transpose on the CPU
@@ -460,12 +428,7 @@ class _Transposer:
             clear, set_ = pairs[:, 0], pairs[:, 1]
             mask = {4: 0x0F0F0F0F, 2: 0x33333333}[shift]
             self.steps.append((shift, mask, clear, set_, swap.view(clear.shape)))
-        halves = planes.view(torch.int16)
-        self.copies = [  # (plane, half words of a row, the 16-bit elements [half word, row])
-            (plane, columns, halves[plane, :, columns].t())
-            for plane in range(group)
-            for columns in _slices(2 * width, _GRAIN // n)
-        ]
+        self.planes = planes.view(torch.int16).transpose(1, 2)  # [plane, half word of a row, row]
 
     def run(self, words: torch.Tensor, out: torch.Tensor) -> None:
         """i32 [rows, width] into ``out``, i16 [2*width, 16/b, rows*b/16]."""
@@ -482,8 +445,8 @@ class _Transposer:
             swap.bitwise_xor_(set_).bitwise_and_(mask)
             set_.bitwise_xor_(swap)
             clear.bitwise_xor_(swap.bitwise_left_shift_(shift))
-        for plane, columns, elements in self.copies:
-            out[columns, plane].copy_(elements)
+        for plane, elements in enumerate(self.planes):
+            out[:, plane].copy_(elements)
 
 
 def _transpose(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
@@ -493,9 +456,12 @@ def _transpose(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     if out.numel() == 0:
         return out
     whole_r, whole_w = r - r % f, columns // f
-    height = min(_ROWS, max(whole_r, f))
+    half_block = _block_elements()
+    # Twice the height where the block is four times as large, so that its shape stays.
+    doublings = ((half_block // _ELEMENTS).bit_length() - 1) // 2
+    height = min(_ROWS << doublings, max(whole_r, f))
     # An odd number of 64-byte lines: rows a power of two apart would share the L1 cache's sets.
-    width = max(2 * _GRAIN // height, 1)
+    width = max(2 * half_block // height, 1)
     width = (width // 16 - 1 | 1) * 16 if width >= 16 else width
 
     def halves(tensor: torch.Tensor) -> torch.Tensor:
@@ -504,22 +470,21 @@ def _transpose(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 
     def run(source: torch.Tensor, target: torch.Tensor) -> None:
         n, count = source.shape
-
-        def work(blocks: Sequence[tuple[int, int]]) -> None:
-            made: dict[tuple[int, int], _Transposer] = {}
-            for c, row in blocks:
-                size = min(height, n - row), min(width, count - c)
+        made: dict[tuple[int, int], _Transposer] = {}
+        # Columns outermost: the pages of an output row are filled while they are in the cache.
+        for columns in _slices(count, width):
+            for rows in _slices(n, height):
+                size = rows.stop - rows.start, columns.stop - columns.start
                 if size not in made:
                     made[size] = _Transposer(bits, *size, words.device)
                 made[size].run(
-                    source[row : row + size[0], c : c + size[1]],
-                    target[2 * c : 2 * (c + size[1]), :, row // group : (row + size[0]) // group],
+                    source[rows, columns],
+                    target[
+                        2 * columns.start : 2 * columns.stop,
+                        :,
+                        rows.start // group : rows.stop // group,
+                    ],
                 )
-
-        # Columns outermost: the pages of an output row are filled while they are in the cache.
-        blocks = [(c, row) for c in range(0, count, width) for row in range(0, n, height)]
-        if blocks:
-            _spread(work, blocks, source)
 
     def run_rows(source: torch.Tensor, target: torch.Tensor) -> None:
         whole = halves(target)

@@ -50,8 +50,6 @@ from torch import Tensor
 # One group and its two kept values, by element size in bytes.
 GROUP_DTYPE = {1: torch.int32, 2: torch.int64}
 PAIR_DTYPE = {1: torch.int16, 2: torch.int32}
-# Two groups' kept values: what one bitmask byte covers.
-_QUAD_DTYPE = {1: torch.int32, 2: torch.int64}
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 # Groups of four in a block of rows on the CPU. Torch runs an elementwise operator on fewer than
@@ -293,66 +291,6 @@ def sm90_decompress(values: Tensor, meta: Tensor, n: int, k: int) -> Tensor:
     return dense
 
 
-def bitmask_to_sm90(compressed: Tensor, bitmask: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """SM90 form of a ``sparse-24-bitmask`` weight, without the dense weight in between.
-
-    Equal bit for bit to `bitmask_decompress` followed by `sm90_compress`: a group's two values stay
-    where they are unless the first is zero and the second not, which then may move to the front.
-
-    Args:
-        compressed: [N, K/2], one of the four dtypes.
-        bitmask: u8 [N, ceil(K/8)].
-        k: K, a multiple of 4.
-
-    Returns:
-        (values [N, K/2] in the dtype of ``compressed``, meta u8 [Np, Kp/8]).
-
-    Raises:
-        ValueError: as `bitmask_decompress`.
-    """
-    _check_weight("compressed", compressed)
-    n = compressed.shape[0]
-    check_columns(k)
-    _check_shape("compressed", compressed, (n, k // 2))
-    _check_bytes("bitmask", bitmask, (n, -(-k // 8)), compressed)
-    if compressed.device.type != "cpu":
-        from ctconvert.transforms import sparse24_triton
-
-        return sparse24_triton.bitmask_to_sm90_triton(compressed, bitmask, k)
-
-    bitmask = bitmask.contiguous()
-    size = compressed.element_size()
-    values = torch.empty((n, k // 2), dtype=compressed.dtype)
-    out_pairs = values.view(PAIR_DTYPE[size])
-    pairs = words(compressed, PAIR_DTYPE[size])
-    meta = torch.zeros(meta_shape(n, k), dtype=torch.uint8)
-    nibble_table, swap_table = _fused_tables(size)
-    low = 0x00FF00FF if size == 1 else 0x0000FFFF0000FFFF
-
-    def block(rows: slice) -> None:
-        mask = bitmask[rows]
-        # Four values and one bitmask byte make two groups.
-        source = _even_columns(pairs[rows]).view(_QUAD_DTYPE[size])
-        nonzero = _nonzero(source, size)
-        if size == 2:
-            source = _without_negative_zero(source, nonzero)
-        index = _code(nonzero, size).bitwise_left_shift_(8).bitwise_or_(mask).flatten()
-        nibbles = nibble_table.index_select(0, index).view_as(mask)
-        if k % 8:
-            # The byte's upper group lies past K: nothing is kept there and its nibble is 0.
-            nibbles[:, -1] = _edge_nibbles().index_select(0, index.view_as(mask)[:, -1])
-        if int(nibbles.max()) == _INVALID_BYTE:
-            raise_mask_error(mask, k, rows.start)
-        meta[rows, : mask.shape[1]].copy_(nibbles)
-        moved = _look_up(swap_table, index, source).bitwise_and_(source)
-        kept = source ^ moved
-        moved.bitwise_right_shift_(8 * size).bitwise_and_(low).bitwise_or_(kept)
-        out_pairs[rows].copy_(moved.view(PAIR_DTYPE[size])[:, : k // 4])
-
-    _run_blocks(block, n, k, size)
-    return values, _to_kernel_order(meta, size)
-
-
 # --- shapes and checks ------------------------------------------------------------------------
 
 
@@ -501,20 +439,25 @@ def _run_blocks(work: Callable[[slice], None], n: int, k: int, size: int) -> Non
     if n * k * size >= _THREADED_BYTES and threading.current_thread() is threading.main_thread():
         workers = min(torch.get_num_threads(), len(blocks), 8)  # beyond 8 the GIL is the limit
     if workers == 1:
-        _run(work, blocks)
+        for rows in blocks:
+            work(rows)
         return
     cuts = [len(blocks) * i // workers for i in range(workers + 1)]
     with ThreadPoolExecutor(workers) as pool:
+        # A thread starts outside inference mode, where the outputs could then not be written.
+        inference = torch.is_inference_mode_enabled()
         shares = [
-            pool.submit(_run, work, blocks[start:stop]) for start, stop in itertools.pairwise(cuts)
+            pool.submit(_run_share, work, blocks[start:stop], inference)
+            for start, stop in itertools.pairwise(cuts)
         ]
         for share in shares:
             share.result()
 
 
-def _run(work: Callable[[slice], None], blocks: list[slice]) -> None:
-    for rows in blocks:
-        work(rows)
+def _run_share(work: Callable[[slice], None], blocks: list[slice], inference: bool) -> None:
+    with torch.inference_mode(inference):
+        for rows in blocks:
+            work(rows)
 
 
 def _even_columns(block: Tensor) -> Tensor:
@@ -763,55 +706,6 @@ def kept_of_pattern(pattern: int) -> int | None:
 @functools.cache
 def _kept_of_pattern() -> Tensor:
     return _byte_table(kept_of_pattern, _INVALID_BYTE)
-
-
-def _fused_group(mask: int, nonzero: int) -> tuple[int, bool] | None:
-    """Meta nibble of a kept pair, and whether its second value moves to the front."""
-    kept = kept_pair(mask)
-    if kept is None:
-        return None
-    pattern = (nonzero & 1) << kept[0] | (nonzero >> 1) << kept[1]
-    pair = _index_pair(pattern)
-    if pair is None:
-        return None
-    return pair[0] | pair[1] << 2, nonzero == 2 and kept[1] < 3
-
-
-@functools.cache
-def _fused_tables(size: int) -> tuple[Tensor, Tensor]:
-    """Tables of `bitmask_to_sm90`, indexed by bitmask byte | nonzero bits of the four values << 8.
-
-    u8 [4096] meta byte, and [4096] ones over each second value that moves to the front.
-    """
-    ones = (1 << 8 * size) - 1 << 8 * size
-    bits = 16 * size
-    nibbles = []
-    swaps = []
-    groups = [[_fused_group(mask, nonzero) for mask in range(16)] for nonzero in range(4)]
-    for index in range(4096):
-        low = groups[index >> 8 & 3][index & 15]
-        high = groups[index >> 10][index >> 4 & 15]
-        nibbles.append(_INVALID_BYTE if low is None or high is None else low[0] | high[0] << 4)
-        swap = 0
-        if low is not None and low[1]:
-            swap |= ones
-        if high is not None and high[1]:
-            swap |= ones << bits
-        swaps.append(swap - (1 << 2 * bits) if swap >> (2 * bits - 1) else swap)
-    return (
-        torch.tensor(nibbles, dtype=torch.uint8),
-        torch.tensor(swaps, dtype=_QUAD_DTYPE[size]),
-    )
-
-
-@functools.cache
-def _edge_nibbles() -> Tensor:
-    """u8 [4096]: meta byte of a bitmask byte whose upper group lies past K."""
-    rows = []
-    for index in range(4096):
-        low = _fused_group(index & 15, index >> 8 & 3)
-        rows.append(_INVALID_BYTE if low is None or index >> 4 & 15 else low[0])
-    return torch.tensor(rows, dtype=torch.uint8)
 
 
 # --- the order of the metadata ----------------------------------------------------------------

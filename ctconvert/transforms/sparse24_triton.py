@@ -6,13 +6,12 @@ groups, whose nibbles are 16 bits of the bitmask or of the metadata):
 - decompress: compressed [N, K/2], bitmask u8 [N, ceil(K/8)] -> dense [N, K]
 - compress: dense, bitmask -> compressed; mask: dense -> bitmask
 - SM90 compress: dense -> values [N, K/2], meta u8 [Np, Kp/8]; SM90 decompress: the way back
-- fused: compressed, bitmask -> values, meta
 
-Every kernel is one pass: each input byte is read once and each output byte written once, in whole
-sectors. The bitmask kernels see the weight as one row wherever K % 8 == 0, so any such K runs at
-the same speed. A program of the SM90 kernels owns 64 rows by 128 (or more) columns: the metadata of
-such a block is 1 KiB in one piece, and for 16-bit elements the program takes its rows in the order
-in which the metadata has them, so that the lanes of a warp write neighbouring bytes.
+Every kernel is one pass: each input byte is read once and each output byte written once. A tile is
+units by four words, so a thread loads and stores 16 neighbouring bytes and the lanes of a warp
+neighbouring units. The bitmask kernels see the weight as one row wherever K % 8 == 0, so any such K
+runs at the same speed. A program of the SM90 kernels owns 64 rows by 128 (or more) columns: the
+metadata of such a block is 1 KiB in one piece.
 
 An invalid group leaves its place (unit or row) in an error word by an atomic minimum; the launcher
 reads the word and raises the CPU path's error for that row. The launchers take CPU tensors as well
@@ -40,12 +39,10 @@ FLAT_TILES = {
     "compress": {1: (256, 2), 2: (128, 4)},
     "mask": {1: (256, 2), 2: (128, 4)},
 }
-# 128-column blocks in one program of the SM90 kernels, its warps, and the blocks of 64 rows that
-# programs go down together, by element size.
+# 128-column blocks in one program of the SM90 kernels, and its warps, by element size.
 BLOCK_TILES = {
-    "sm90_compress": {1: (1, 4, 1), 2: (1, 4, 1)},
-    "sm90_decompress": {1: (1, 4, 1), 2: (1, 4, 1)},
-    "fused": {1: (1, 4, 1), 2: (1, 4, 1)},
+    "sm90_compress": {1: (1, 8), 2: (2, 8)},
+    "sm90_decompress": {1: (2, 8), 2: (1, 4)},
 }
 
 
@@ -85,10 +82,10 @@ def _any(word):
 
 
 @triton.jit
-def _load_units(ptr, at, groups, WORD: tl.constexpr, other: tl.constexpr):
+def _load_units(ptr, at, groups, WORD: tl.constexpr):
     """Nibbles of the units ``at`` of a bitmask row that has ``groups`` groups left, as i32."""
     if WORD:
-        unit = tl.load(ptr + at, mask=at * 4 < groups, other=other).to(tl.int32) & 0xFFFF
+        unit = tl.load(ptr + at, mask=at * 4 < groups, other=0x3333).to(tl.int32) & 0xFFFF
     else:
         low = tl.load(ptr + at * 2, mask=at * 4 < groups, other=0)
         high = tl.load(ptr + at * 2 + 1, mask=at * 4 + 2 < groups, other=0)
@@ -204,14 +201,9 @@ def _decompress_kernel(
 ):
     row, start, left, at = _flat_tile(groups, WORD, UNITS)
     mask += row * mask_stride + (start // 4 if WORD else start // 2)
-    unit = _load_units(mask, at, left, WORD, 0x3333)
+    unit = _load_units(mask, at, left, WORD)
     place = row * groups + start
-    tl.atomic_min(
-        error + at * 0,
-        place + at * 4,
-        mask=_wrong_mask(unit, at, left, WORD) != 0,
-        sem="relaxed",
-    )
+    _report(error, place + at * 4, _wrong_mask(unit, at, left, WORD))
     first, second = _moves(unit, SIZE)
     group, inside = _inside(at, left, WORD)
     pair = tl.load(pairs + place + group, mask=inside, other=0)
@@ -232,7 +224,7 @@ def _compress_kernel(
 ):
     row, start, left, at = _flat_tile(groups, WORD, UNITS)
     mask += row * mask_stride + (start // 4 if WORD else start // 2)
-    unit = _load_units(mask, at, left, WORD, 0x3333)
+    unit = _load_units(mask, at, left, WORD)
     place = row * groups + start
     first, second = _moves(unit, SIZE)
     group, inside = _inside(at, left, WORD)
@@ -253,7 +245,7 @@ def _compress_kernel(
         dropped = left_over.to(tl.int32) | (left_over >> 32).to(tl.int32)
         tl.store(pairs + place + group, pair, mask=inside)
     wrong = _wrong_mask(unit, at, left, WORD) | _any(dropped)
-    tl.atomic_min(error + at * 0, place + at * 4, mask=wrong != 0, sem="relaxed")
+    _report(error, place + at * 4, wrong)
 
 
 @triton.jit
@@ -278,7 +270,7 @@ def _mask_kernel(
     unit = _join(nibble)
     wrong = unit & (unit >> 1)
     wrong = wrong & (wrong >> 2) & 0x1111
-    tl.atomic_min(error + at * 0, place + at * 4, mask=wrong != 0, sem="relaxed")
+    _report(error, place + at * 4, wrong)
     if WORD:
         mask += row * mask_stride + start // 4
         tl.store(mask + at, unit.to(tl.int16), mask=at * 4 < left)
@@ -289,44 +281,71 @@ def _mask_kernel(
 
 
 @triton.jit
-def _block_tile(n, groups, SIZE: tl.constexpr, BLOCKS: tl.constexpr, PER: tl.constexpr = 8):
-    """Rows and units of a program's block of the SM90 form, and where its nibbles are.
+def _block_tile(n, groups, BLOCKS: tl.constexpr):
+    """A program's 64 rows by BLOCKS blocks of 128 columns, each with eight units a row.
 
-    A block of 128 columns has PER units. The first axis of the grid goes down blocks of rows, the
-    second over blocks of columns, the third to the next rows.
+    Returns the first row and group, the row and unit number of the program's units, row by row,
+    and the place and offsets of their words.
     """
-    row_blocks = tl.cdiv(n, 64)
-    block_row = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-    block = tl.program_id(1) * BLOCKS
-    r = tl.arange(0, 64)[:, None]
-    u = tl.arange(0, PER * BLOCKS)[None, :]
-    if SIZE == 1:
-        m = r
-        inner = r * PER + u % PER
-    else:
-        # In the metadata rows m and m + 8 are neighbours, then come the columns, then m + 1.
-        m = (r & 48) | ((r & 1) << 3) | ((r >> 1) & 7)
-        inner = (r & 1) + (u % 8 >> 1) * 2 + ((r >> 1) & 7) * 8 + (u & 1) * 64 + (r >> 4) * 128
-    nibbles = (block.to(tl.int64) * row_blocks + block_row) * (64 * PER)
-    nibbles += (u // PER).to(tl.int64) * (row_blocks.to(tl.int64) * (64 * PER)) + inner
-    exists = (block + u // PER < tl.cdiv(groups, 32)) & (block_row * 64 + r * 0 < n)
-    return block_row * 64, m, block * 32, u, nibbles, exists
+    UNITS: tl.constexpr = 8 * BLOCKS
+    first_row = tl.program_id(1) * 64
+    first_group = tl.program_id(0) * (32 * BLOCKS)
+    unit = tl.arange(0, 64 * UNITS)
+    m = unit // UNITS
+    u = unit % UNITS
+    place = first_row.to(tl.int64) * groups + first_group
+    offset = (m * groups + u * 4)[:, None] + tl.arange(0, 4)[None, :]
+    return first_row, first_group, m, u, place, offset
 
 
 @triton.jit
-def _block_inside(first_row, m, first_group, u, n, groups, WHOLE: tl.constexpr, EVEN: tl.constexpr):
-    """Offsets in the block's rows and which groups exist. EVEN: all; WHOLE: no partial unit."""
-    j = tl.arange(0, 4)[None, None, :]
-    offset = tl.expand_dims(m * groups + u * 4, 2) + j
-    if EVEN:
-        inside = offset >= 0
-    elif WHOLE:
-        inside = tl.expand_dims((first_row + m < n) & (first_group + u * 4 < groups), 2) & (j >= 0)
+def _block_inside(first_row, first_group, m, u, n, groups, WHOLE: tl.constexpr):
+    """Which groups of the units exist; whole units where the rows have no partial one."""
+    j = tl.arange(0, 4)[None, :]
+    if WHOLE:
+        inside = ((first_row + m < n) & (first_group + u * 4 < groups))[:, None] & (j >= 0)
     else:
-        inside = tl.expand_dims(first_row + m < n, 2) & (
-            tl.expand_dims(first_group + u * 4, 2) + j < groups
-        )
-    return offset, inside
+        inside = (first_row + m < n)[:, None] & ((first_group + u * 4)[:, None] + j < groups)
+    return inside
+
+
+@triton.jit
+def _meta_tile(n, groups, BLOCKS: tl.constexpr):
+    """Where the metadata of a program's blocks is, eight units a row of a block."""
+    row_blocks = tl.cdiv(n, 64)
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
+    start = (block.to(tl.int64) * row_blocks + tl.program_id(1)) * 512
+    at = start + tl.arange(0, 512)[None, :]
+    return at, (block * 32 < groups) & (at >= 0)
+
+
+@triton.jit
+def _to_kernel_order(unit, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
+    """Units, row by row -> [BLOCKS, 512] as the metadata has them."""
+    if SIZE == 1:
+        unit = tl.permute(tl.reshape(unit, (64, BLOCKS, 8)), (1, 0, 2))
+    else:
+        # [m'//16, m'//8%2, m'%8, block, k'//32, k'//16%2]
+        unit = tl.reshape(unit, (4, 2, 8, BLOCKS, 4, 2))
+        unit = tl.permute(unit, (3, 0, 5, 2, 4, 1))
+    return tl.reshape(unit, (BLOCKS, 512))
+
+
+@triton.jit
+def _from_kernel_order(unit, SIZE: tl.constexpr, BLOCKS: tl.constexpr):
+    """Inverse of `_to_kernel_order`."""
+    if SIZE == 1:
+        unit = tl.permute(tl.reshape(unit, (BLOCKS, 64, 8)), (1, 0, 2))
+    else:
+        unit = tl.reshape(unit, (BLOCKS, 4, 2, 8, 4, 2))
+        unit = tl.permute(unit, (1, 5, 3, 0, 4, 2))
+    return tl.reshape(unit, (512 * BLOCKS,))
+
+
+@triton.jit
+def _report(error, place, wrong):
+    """Lower the error word to the first place with a nonzero in ``wrong``."""
+    tl.atomic_min(error + place * 0, place.to(tl.int64), mask=wrong != 0, sem="relaxed")
 
 
 @triton.jit
@@ -342,9 +361,8 @@ def _sm90_compress_kernel(
     EVEN: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    first_row, m, first_group, u, nibbles, exists = _block_tile(n, groups, SIZE, BLOCKS)
-    offset, inside = _block_inside(first_row, m, first_group, u, n, groups, WHOLE, EVEN)
-    place = first_row.to(tl.int64) * groups + first_group
+    first_row, first_group, m, u, place, offset = _block_tile(n, groups, BLOCKS)
+    inside = _block_inside(first_row, first_group, m, u, n, groups, WHOLE)
     if EVEN:
         word = tl.load(dense + place + offset)
     else:
@@ -359,16 +377,15 @@ def _sm90_compress_kernel(
         pair = pair | ((word >> ((nibble << 2) & 48).to(tl.int64)).to(tl.int32) << 16)
     unit = _join(nibble)
     # 0xF is the only nibble here whose low two bits are both set.
-    wrong = unit & (unit >> 1) & 0x1111
-    tl.atomic_min(
-        error + u * 0 + m * 0, (first_row + m).to(tl.int64) + u * 0, mask=wrong != 0, sem="relaxed"
-    )
+    _report(error, first_row + m, unit & (unit >> 1) & 0x1111)
+    at, exists = _meta_tile(n, groups, BLOCKS)
+    unit = _to_kernel_order(unit.to(tl.int16), SIZE, BLOCKS)
     if EVEN:
         tl.store(pairs + place + offset, pair)
-        tl.store(meta + nibbles, unit.to(tl.int16))
+        tl.store(meta + at, unit)
     else:
         tl.store(pairs + place + offset, pair, mask=inside)
-        tl.store(meta + nibbles, unit.to(tl.int16), mask=exists)
+        tl.store(meta + at, unit, mask=exists)
 
 
 @triton.jit
@@ -384,180 +401,40 @@ def _sm90_decompress_kernel(
     EVEN: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    first_row, m, first_group, u, nibbles, exists = _block_tile(n, groups, SIZE, BLOCKS)
-    offset, inside = _block_inside(first_row, m, first_group, u, n, groups, WHOLE, EVEN)
-    place = first_row.to(tl.int64) * groups + first_group
+    first_row, first_group, m, u, place, offset = _block_tile(n, groups, BLOCKS)
+    inside = _block_inside(first_row, first_group, m, u, n, groups, WHOLE)
+    at, exists = _meta_tile(n, groups, BLOCKS)
     if EVEN:
-        unit = tl.load(meta + nibbles).to(tl.int32) & 0xFFFF
+        unit = tl.load(meta + at)
         pair = tl.load(pairs + place + offset)
     else:
-        unit = tl.load(meta + nibbles, mask=exists, other=0).to(tl.int32) & 0xFFFF
+        unit = tl.load(meta + at, mask=exists, other=0)
         pair = tl.load(pairs + place + offset, mask=inside, other=0)
-    nibble = (tl.expand_dims(unit, 2) >> (tl.arange(0, 4) * 4)[None, None, :]) & 15
+    unit = _from_kernel_order(unit, SIZE, BLOCKS).to(tl.int32) & 0xFFFF
+    nibble = (unit[:, None] >> (tl.arange(0, 4) * 4)[None, :]) & 15
     if SIZE == 1:
         pair = pair.to(tl.int32) & 0xFFFF
-        first = pair & 0xFF
-        second = pair >> 8
-        word = (first << ((nibble << 3) & 24)) | (second << ((nibble << 1) & 24))
+        word = ((pair & 0xFF) << ((nibble << 3) & 24)) | ((pair >> 8) << ((nibble << 1) & 24))
     else:
         first = pair.to(tl.int64) & 0xFFFF
         second = (pair.to(tl.int64) >> 16) & 0xFFFF
-        word = (first << ((nibble << 4) & 48).to(tl.int64)) | (
-            second << ((nibble << 2) & 48).to(tl.int64)
-        )
+        word = first << ((nibble << 4) & 48).to(tl.int64)
+        word = word | (second << ((nibble << 2) & 48).to(tl.int64))
     # Valid: i0 < i1, compared in all four nibbles at once, or 0 and no values.
     high = unit >> 2
     differ = unit ^ high
     less = ((high & differ) >> 1) | (high & differ & ~(differ >> 1))
     some = unit | high
     wrong = (some | (some >> 1)) & ~less & 0x1111
-    wrong = wrong | _any(tl.where(nibble == 0, pair, 0))
+    extra = tl.where(nibble == 0, pair, 0)
     if not EVEN:
         # Padding is 0 throughout.
-        wrong = wrong | _any(tl.where(inside, 0, nibble))
-    tl.atomic_min(
-        error + u * 0 + m * 0, (first_row + m).to(tl.int64) + u * 0, mask=wrong != 0, sem="relaxed"
-    )
+        extra = tl.where(inside, extra, nibble)
+    _report(error, first_row + m, wrong | _any(extra))
     if EVEN:
         tl.store(dense + place + offset, word)
     else:
         tl.store(dense + place + offset, word, mask=inside)
-
-
-@triton.jit
-def _fused_kernel(
-    pairs,
-    mask,
-    out,
-    meta,
-    error,
-    n,
-    groups,
-    mask_stride,
-    SIZE: tl.constexpr,
-    WORD: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    first_row, m, first_group, u, nibbles, exists = _block_tile(n, groups, SIZE, BLOCKS)
-    offset, inside = _block_inside(first_row, m, first_group, u, n, groups, WHOLE, EVEN)
-    place = first_row.to(tl.int64) * groups + first_group
-    mask += first_row.to(tl.int64) * mask_stride + (first_group // 4 if WORD else first_group // 2)
-    left = tl.where(first_row + m < n, groups - first_group, 0)
-    if EVEN:
-        unit = tl.load(mask + m * mask_stride + u).to(tl.int32) & 0xFFFF
-        pair = tl.load(pairs + place + offset)
-        wrong = _wrong_mask(unit, u, left, True)
-    else:
-        unit = _load_units(mask + m * mask_stride, u, left, WORD, 0)
-        pair = tl.load(pairs + place + offset, mask=inside, other=0)
-        wrong = _wrong_mask(unit, u, left, False)
-    tl.atomic_min(
-        error + u * 0 + m * 0, (first_row + m).to(tl.int64) + u * 0, mask=wrong != 0, sem="relaxed"
-    )
-    code = (tl.expand_dims(unit, 2) >> (tl.arange(0, 4) * 4)[None, None, :]) & 15
-    if SIZE == 1:
-        pair = pair.to(tl.int32) & 0xFFFF
-        no_first = (pair & 0xFF) == 0
-        no_second = pair < 0x100
-    else:
-        top = (pair & 0x7FFF7FFF) + 0x7FFF7FFF
-        pair = pair & (top | 0x7FFF7FFF)
-        no_first = (top & 0x8000) == 0
-        no_second = top >= 0
-    # The nonzero pattern of the group: the kept columns without those whose value is zero.
-    lowest = code & -code
-    pattern = tl.where(no_first, code ^ lowest, code)
-    pattern = tl.where(no_second, pattern & lowest, pattern)
-    # A lone second value moves to the front unless it stands in column 3.
-    moves = no_first & (code < 8)
-    pair = tl.where(moves, (pair >> (8 * SIZE)) & (0xFF if SIZE == 1 else 0xFFFF), pair)
-    unit = _join(_look_up(_META_OF_PATTERN, pattern << 2))
-    if SIZE == 1:
-        pair = pair.to(tl.int16)
-    if EVEN:
-        tl.store(out + place + offset, pair)
-        tl.store(meta + nibbles, unit.to(tl.int16))
-    else:
-        tl.store(out + place + offset, pair, mask=inside)
-        tl.store(meta + nibbles, unit.to(tl.int16), mask=exists)
-
-
-@triton.jit
-def _fused_bytes_kernel(
-    pairs,
-    mask,
-    out,
-    meta,
-    error,
-    n,
-    groups,
-    mask_stride,
-    EVEN: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """The fused transform for 8-bit elements and K % 32 == 0, two groups (one i32) at a time.
-
-    A unit is eight groups here, 32 bits of bitmask and metadata, whose nibbles are worked on
-    together. Otherwise the arithmetic would take longer than the memory.
-    """
-    first_row, m, first_group, u, nibbles, exists = _block_tile(n, groups, 1, BLOCKS, 4)
-    i = tl.arange(0, 4)[None, None, :]
-    offset = tl.expand_dims(m * (groups // 2) + u * 4, 2) + i
-    place = first_row.to(tl.int64) * (groups // 2) + first_group // 2
-    mask += first_row.to(tl.int64) * mask_stride + first_group // 8
-    if EVEN:
-        unit = tl.load(mask + m * mask_stride + u)
-        word = tl.load(pairs + place + offset)
-    else:
-        whole = (first_row + m < n) & (first_group + u * 8 < groups)
-        inside = tl.expand_dims(whole, 2) & (i >= 0)
-        unit = tl.load(mask + m * mask_stride + u, mask=whole, other=0x33333333)
-        word = tl.load(pairs + place + offset, mask=inside, other=0)
-    count = unit - ((unit >> 1) & 0x55555555)
-    count = (count & 0x33333333) + ((count >> 2) & 0x33333333)
-    tl.atomic_min(
-        error + u * 0 + m * 0,
-        (first_row + m).to(tl.int64) + u * 0,
-        mask=count != 0x22222222,
-        sem="relaxed",
-    )
-
-    # Bits 7, 15, 23, 31: is the first, second value of the word's first, second group nonzero.
-    top = (((word & 0x7F7F7F7F) + 0x7F7F7F7F) | word) & -0x7F7F7F80
-    # A second value moves to the front where the first is zero and its column is not 3.
-    last = tl.expand_dims(unit, 2) >> (i * 8)
-    stays = (top | ((last << 4) & 0x80) | ((last << 16) & 0x800000)) & 0x00800080
-    stays = (stays >> 7) * 0xFFFF
-    moved = (word & stays) | ((word >> 8) & 0x00FF00FF & ~stays)
-
-    # Byte b of ``flags`` holds bit 8b + 7 of the four words: (first, second value) of the even
-    # groups, then of the odd groups. The product puts four neighbouring bits into four bytes.
-    flags = tl.sum(((top >> 7) & 0x01010101) << i, axis=2)
-    first = (((flags & 15) * 0x204081) & 0x01010101) | (
-        ((((flags >> 16) & 15) * 0x204081) & 0x01010101) << 4
-    )
-    second = ((((flags >> 8) & 15) * 0x204081) & 0x01010101) | (
-        ((((flags >> 24) & 15) * 0x204081) & 0x01010101) << 4
-    )
-    # Nonzero pattern of every nibble: the higher kept column where the second value is nonzero,
-    # the lower one where the first is. Every valid nibble is at least 3, so nothing is borrowed.
-    higher = unit & (unit - 0x11111111)
-    bit0 = (higher & (second * 15)) | (unit & ~higher & (first * 15))
-    bit1 = bit0 >> 1
-    bit2 = bit0 >> 2
-    some = (bit0 | bit1 | bit2 | (bit0 >> 3)) & 0x11111111
-    pair = ~bit0 & bit1 & 0x11111111
-    pair = pair | ((~bit0 & ~bit1 & bit2 & 0x11111111) << 1)
-    pair = pair | ((some & ~(bit2 & (bit0 | bit1))) << 2)
-    pair = pair | ((some & ~(bit0 & bit1)) << 3)
-    if EVEN:
-        tl.store(out + place + offset, moved)
-        tl.store(meta + nibbles, pair)
-    else:
-        tl.store(out + place + offset, moved, mask=inside)
-        tl.store(meta + nibbles, tl.where(whole, pair, 0), mask=exists)
 
 
 # --- launchers --------------------------------------------------------------------------------
@@ -618,16 +495,6 @@ def sm90_decompress_triton(values: Tensor, meta: Tensor, n: int, k: int) -> Tens
     return dense
 
 
-def bitmask_to_sm90_triton(compressed: Tensor, bitmask: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`sparse24.bitmask_to_sm90` on the tensors' device."""
-    error = _error_word(compressed.device)
-    values, meta = launch_bitmask_to_sm90(compressed, bitmask, k, error)
-    row = _first_error(error)
-    if row is not None:
-        sparse24.raise_mask_error(bitmask[row : row + 1].cpu(), k, row)
-    return values, meta
-
-
 def launch_bitmask_decompress(compressed: Tensor, bitmask: Tensor, k: int, error: Tensor) -> Tensor:
     """Dense weight; ``error`` i64 [1] is lowered to a wrong unit's first group, and not read."""
     size, n = compressed.element_size(), compressed.shape[0]
@@ -682,7 +549,7 @@ def launch_sm90_compress(dense: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     groups = sparse24.words(dense, sparse24.GROUP_DTYPE[size])
     tensors = (groups, values.view(sparse24.PAIR_DTYPE[size]), meta.view(torch.int16))
     flags = {"SIZE": size, "WHOLE": k % 16 == 0}
-    _launch_blocks("sm90_compress", _sm90_compress_kernel, tensors, error, (n, k, size), (), flags)
+    _launch_blocks("sm90_compress", _sm90_compress_kernel, tensors, error, (n, k, size), flags)
     return values, meta
 
 
@@ -694,32 +561,8 @@ def launch_sm90_decompress(values: Tensor, meta: Tensor, n: int, k: int, error: 
     units = sparse24.words(meta, torch.int16)
     tensors = (pairs, units, dense.view(sparse24.GROUP_DTYPE[size]))
     flags = {"SIZE": size, "WHOLE": k % 16 == 0}
-    _launch_blocks(
-        "sm90_decompress", _sm90_decompress_kernel, tensors, error, (n, k, size), (), flags
-    )
+    _launch_blocks("sm90_decompress", _sm90_decompress_kernel, tensors, error, (n, k, size), flags)
     return dense
-
-
-def launch_bitmask_to_sm90(
-    compressed: Tensor, bitmask: Tensor, k: int, error: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Values and metadata; ``error`` as in `launch_sm90_compress`."""
-    size, n = compressed.element_size(), compressed.shape[0]
-    device = compressed.device
-    values = torch.empty((n, k // 2), dtype=compressed.dtype, device=device)
-    meta = torch.empty(sparse24.meta_shape(n, k), dtype=torch.uint8, device=device)
-    if size == 1 and k % 32 == 0:
-        both = (sparse24.words(t, torch.int32) for t in (compressed, bitmask))
-        tensors = (*both, values.view(torch.int32), meta.view(torch.int32))
-        _launch_blocks("fused", _fused_bytes_kernel, tensors, error, (n, k, size), (k // 32,), {})
-        return values, meta
-    pairs = sparse24.words(compressed, sparse24.PAIR_DTYPE[size])
-    word = k % 16 == 0
-    mask = sparse24.words(bitmask, torch.int16 if word else torch.uint8)
-    tensors = (pairs, mask, values.view(sparse24.PAIR_DTYPE[size]), meta.view(torch.int16))
-    flags = {"SIZE": size, "WORD": word, "WHOLE": word}
-    _launch_blocks("fused", _fused_kernel, tensors, error, (n, k, size), (mask.shape[1],), flags)
-    return values, meta
 
 
 def _launch_flat(
@@ -764,25 +607,21 @@ def _launch_blocks(
     tensors: tuple[Tensor, ...],
     error: Tensor,
     weight: tuple[int, int, int],
-    strides: tuple[int, ...],
     flags: dict[str, Any],
 ) -> None:
     n, k, size = weight
     if n == 0:
         return
-    blocks, warps, together = BLOCK_TILES[name][size]
+    blocks, warps = BLOCK_TILES[name][size]
     blocks = min(blocks, triton.next_power_of_2(triton.cdiv(k, 128)))
-    row_blocks = triton.cdiv(n, 64)
-    together = min(together, row_blocks)
-    grid = (together, triton.cdiv(k, 128 * blocks), triton.cdiv(row_blocks, together))
+    grid = (triton.cdiv(k, 128 * blocks), triton.cdiv(n, 64))
     with _device(error.device):
         kernel[grid](
             *tensors,
             error,
             n,
             k // 4,
-            *strides,
-            EVEN=n % (64 * together) == 0 and k % (128 * blocks) == 0,
+            EVEN=n % 64 == 0 and k % (128 * blocks) == 0,
             BLOCKS=blocks,
             num_warps=warps,
             **flags,

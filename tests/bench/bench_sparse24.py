@@ -74,7 +74,6 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
             dense = sparse24.bitmask_decompress(compressed, bitmask, k)
             values, meta = sparse24.sm90_compress(dense)
             own_mask = sparse24.bitmask_of(dense)
-            fused = sparse24.bitmask_to_sm90(compressed, bitmask, k)
             kept = sparse24.bitmask_compress(dense, bitmask)
             back = sparse24.sm90_decompress(values, meta, n, k)
             for part in _rows(n):
@@ -85,17 +84,16 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
                 _assert_same("bitmask_compress", kept[part], compressed[part].cpu())
                 _assert_same("bitmask_of", own_mask[part], sparse24.bitmask_of(expected))
                 sm90 = sparse24.sm90_compress(expected)
-                for name, actual in (("sm90_compress", (values, meta)), ("bitmask_to_sm90", fused)):
-                    _assert_same(name, actual[0][part], sm90[0])
-                    _assert_same(name, _meta_rows(actual[1], part), sm90[1])
+                _assert_same("sm90_compress", values[part], sm90[0])
+                _assert_same("sm90_compress", _meta_rows(meta, part), sm90[1])
                 plain = sparse24.sm90_decompress(*sm90, _CHECKED_ROWS, k)
                 _assert_same("sm90_decompress", back[part], plain)
-            del own_mask, fused, kept, back
+            del own_mask, kept, back
 
             error = torch.full((1,), torch.iinfo(torch.int64).max, device=device)
             whole = n * k * dtype.itemsize
             half, nibbles = whole // 2, n * k // 8
-            decompress, fuse = kernels.launch_bitmask_decompress, kernels.launch_bitmask_to_sm90
+            decompress = kernels.launch_bitmask_decompress
             compress, mask_of = kernels.launch_bitmask_compress, kernels.launch_bitmask_of
             to_sm90, from_sm90 = kernels.launch_sm90_compress, kernels.launch_sm90_decompress
             both = half + nibbles + whole
@@ -105,10 +103,6 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
                 "bitmask_of": (whole + nibbles, partial(mask_of, dense, error)),
                 "sm90_compress": (both, partial(to_sm90, dense, error)),
                 "sm90_decompress": (both, partial(from_sm90, values, meta, n, k, error)),
-                "bitmask_to_sm90": (
-                    2 * (half + nibbles),
-                    partial(fuse, compressed, bitmask, k, error),
-                ),
             }
             for name, (size, call) in calls.items():
                 source = torch.empty(size // 2, dtype=torch.uint8, device=device)

@@ -1,0 +1,357 @@
+"""Models named by a Hub id, from a Hub that is a small HTTP server on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+from builders import config_of, group_config, quantised, weight_args, write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+V2_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
+
+
+class Hub:
+    """The endpoints huggingface_hub needs to describe, list and download a model.
+
+    ``repos`` has the commits by repository and revision, ``folders`` the files by commit, and
+    ``marks`` the bytes sent by file name, one entry a command line.
+    """
+
+    def __init__(self) -> None:
+        self.repos: dict[str, dict[str, str]] = {}
+        self.folders: dict[str, Path] = {}
+        self.gated: set[str] = set()
+        self.broken: set[str] = set()
+        self.sent: dict[str, int] = {}
+        self.marks: list[dict[str, int]] = []
+        self.closed = False
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                hub.answer(self, body=True)
+
+            def do_HEAD(self) -> None:
+                hub.answer(self, body=False)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
+        path = unquote(urlsplit(request.path).path)
+        if path.startswith("/mark/"):
+            self.marks.append(self.sent)
+            self.sent = {}
+            send(request, 200, b"", {}, body)
+        elif path.startswith("/api/models/"):
+            self.api(request, path[len("/api/models/") :], body)
+        elif "/resolve/" in path:
+            self.resolve(request, path[1:], body)
+        else:
+            send(request, 404, b"", {}, body)
+
+    def api(self, request: BaseHTTPRequestHandler, path: str, body: bool) -> None:
+        repo = "/".join(path.split("/")[:2])
+        kind, _, revision = path[len(repo) + 1 :].partition("/")
+        if repo in self.broken:
+            send(request, 500, b"{}", {}, body)
+            return
+        if repo not in self.repos:
+            send(request, 404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+            return
+        revision = revision or "main"
+        commit = self.repos[repo].get(revision, revision if revision in self.folders else "")
+        if not commit:
+            send(request, 404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+            return
+        folder = self.folders[commit]
+        if kind == "tree":
+            found: Any = [
+                {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": etag(path)}
+                for path in sorted(folder.iterdir())
+            ]
+        else:
+            found = {
+                "_id": "1",
+                "id": repo,
+                "modelId": repo,
+                "sha": commit,
+                "private": False,
+                "siblings": [
+                    {"rfilename": path.name, "size": path.stat().st_size, "blobId": etag(path)}
+                    for path in sorted(folder.iterdir())
+                ],
+            }
+        send(request, 200, json.dumps(found).encode(), {"Content-Type": "application/json"}, body)
+
+    def resolve(self, request: BaseHTTPRequestHandler, path: str, body: bool) -> None:
+        repo, _, rest = path.partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        commit = self.repos.get(repo, {}).get(revision, revision)
+        if repo in self.gated:
+            send(request, 403, b"", {"X-Error-Code": "GatedRepo"}, body)
+            return
+        if commit not in self.folders or not (self.folders[commit] / name).is_file():
+            send(request, 404, b"", {"X-Error-Code": "EntryNotFound"}, body)
+            return
+        file = self.folders[commit] / name
+        data = file.read_bytes()
+        headers = {"ETag": f'"{etag(file)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        status, wanted = 200, request.headers.get("Range", "")
+        if wanted:
+            start, _, end = wanted.removeprefix("bytes=").partition("-")
+            last = min(int(end or len(data) - 1), len(data) - 1)
+            headers["Content-Range"] = f"bytes {start}-{last}/{len(data)}"
+            status, data = 206, data[int(start) : last + 1]
+        if body:
+            self.sent[name] = self.sent.get(name, 0) + len(data)
+        send(request, status, data, headers, body)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.server.shutdown()
+            self.server.server_close()
+        self.closed = True
+
+
+def send(
+    request: BaseHTTPRequestHandler, status: int, data: bytes, headers: dict[str, str], body: bool
+) -> None:
+    request.send_response(status)
+    for name, value in headers.items():
+        request.send_header(name, value)
+    request.send_header("Content-Length", str(len(data)))
+    request.end_headers()
+    if body:
+        request.wfile.write(data)
+
+
+def etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+#: Runs command lines in one process (imports are slow); between two of them it says so to the Hub.
+DRIVER = """
+import json, sys, urllib.request
+from typer.testing import CliRunner
+from ctconvert.cli import app
+found = []
+for index, command in enumerate(json.load(sys.stdin)):
+    result = CliRunner().invoke(app, command)
+    fault = result.exception
+    if fault is not None and not isinstance(fault, SystemExit):
+        raise fault
+    found.append([result.exit_code, result.stdout, result.stderr])
+    if len(sys.argv) > 1:
+        urllib.request.urlopen(f"{sys.argv[1]}/mark/{index}").read()
+json.dump(found, sys.stdout)
+"""
+
+
+class Outcome:
+    """A finished command line, and what the Hub sent for it."""
+
+    def __init__(self, code: int, stdout: str, stderr: str, sent: dict[str, int]) -> None:
+        self.code, self.stdout, self.stderr, self.sent = code, stdout, stderr, sent
+
+    def weight_bytes(self) -> int:
+        return sum(count for name, count in self.sent.items() if name.endswith(".safetensors"))
+
+    def fails(self, *says: str) -> None:
+        """Exit code 2, one line that says all that, nothing on stdout."""
+        assert self.code == 2, self.stderr
+        assert self.stderr.startswith("error: ") and self.stderr.count("\n") == 1, self.stderr
+        assert self.stdout == ""
+        for text in says:
+            assert text in self.stderr
+
+
+def run(hub: Hub, home: Path, commands: list[list[str]], **more: str) -> list[Outcome]:
+    """Command lines in a process whose Hub is ``hub``."""
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("HF_", "HUGGING")) and not key.lower().endswith("_proxy")
+    }
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        **more,
+    }
+    up = [] if hub.closed else [hub.url]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, *up],
+        input=json.dumps(commands),
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=home,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    sent = hub.marks if up else [{} for _ in commands]
+    return [
+        Outcome(code, stdout, stderr, counts)
+        for (code, stdout, stderr), counts in zip(json.loads(done.stdout), sent, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 MB of weights in two shards, so that what a range read fetches too much shows."""
+    group = group_config(weight_args(4, 128))
+    tensors = {name: torch.zeros(3000, 512) for name in ("model.embed_tokens.weight", "norm")}
+    for index, (n, k) in enumerate([(1024, 512), (512, 1024)]):
+        made = quantised(n, k, group, index)
+        tensors |= {f"model.layers.{index}.mlp.up_proj.{key}": value for key, value in made.items()}
+    return write_checkpoint(
+        tmp_path_factory.mktemp("hub") / "model", tensors, config_of(group), shards=2
+    )
+
+
+LIVE: dict[str, list[str]] = {
+    "inspect": ["inspect", "org/name", "--json"],
+    "inspect for a target": ["inspect", "org/name@v2", "--target", "triton"],
+    "dry run": ["repack", "org/name", "--target", "triton", "--dry-run", "--json"],
+    "repack": ["repack", "org/name@v2", "out", "--target", "triton", "--json"],
+    "repack, default place": ["repack", "org/name", "--target", "triton"],
+    "verify": ["verify", "out", "--against", "org/name@v2"],
+    "inspect, no such repository": ["inspect", "org/nope"],
+    "inspect, no such revision": ["inspect", "org/name@nope"],
+    "inspect, gated": ["inspect", "org/locked"],
+    "inspect, Hub in trouble": ["inspect", "org/broken"],
+    "repack, no such repository": ["repack", "org/nope", "--target", "triton"],
+    "repack, no such revision": ["repack", "org/name@nope", "--target", "triton"],
+    "repack, gated": ["repack", "org/locked", "x", "--target", "triton"],
+    "repack, Hub in trouble": ["repack", "org/broken", "x", "--target", "triton"],
+    "verify, no such repository": ["verify", "out", "--against", "org/nope"],
+}
+DOWN: dict[str, list[str]] = {
+    "inspect": ["inspect", "org/other"],
+    "dry run": ["repack", "org/other", "--target", "triton", "--dry-run"],
+    "repack": ["repack", "org/other", "--target", "triton"],
+    "inspect, cached": ["inspect", "org/name@v2", "--json"],
+    "repack, cached": ["repack", "org/name@v2", "again", "--target", "triton"],
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def hub(folder: Path) -> Iterator[Hub]:
+    server = Hub()
+    server.folders = {COMMIT: folder, V2_COMMIT: folder}
+    server.repos = {
+        "org/name": {"main": COMMIT, "v2": V2_COMMIT},
+        "org/locked": {"main": COMMIT},
+        "org/broken": {"main": COMMIT},
+    }
+    server.gated, server.broken = {"org/locked"}, {"org/broken"}
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def live(hub: Hub, home: Path) -> dict[str, Outcome]:
+    return dict(zip(LIVE, run(hub, home, list(LIVE.values())), strict=True))
+
+
+@pytest.fixture(scope="module")
+def down(hub: Hub, home: Path, live: dict[str, Outcome]) -> dict[str, Outcome]:
+    """After the Hub has gone; ``live`` has left v2 in the cache."""
+    hub.close()
+    return dict(zip(DOWN, run(hub, home, list(DOWN.values())), strict=True))
+
+
+@pytest.mark.parametrize("case", ["inspect", "inspect for a target", "dry run"])
+def test_planning_downloads_headers_only(live: dict[str, Outcome], case: str) -> None:
+    outcome = live[case]
+    assert outcome.code == 0, outcome.stderr
+    assert 0 < outcome.weight_bytes() < 4096
+    assert "tokenizer.json" not in outcome.sent
+
+
+def test_inspect_shows_the_commit(live: dict[str, Outcome]) -> None:
+    found = json.loads(live["inspect"].stdout)
+    assert found["revision"] == COMMIT and len(found["modules"]) == 2
+
+
+def test_dry_run_plans(live: dict[str, Outcome]) -> None:
+    plan = json.loads(live["dry run"].stdout)
+    assert [module["layout"] for module in plan["modules"]] == ["triton-wna16"] * 2
+
+
+def test_repack_records_id_and_commit(live: dict[str, Outcome], home: Path, folder: Path) -> None:
+    outcome = live["repack"]
+    assert outcome.code == 0, outcome.stderr
+    assert json.loads(outcome.stdout)["modules"] == 2
+    assert outcome.stderr == ""
+    source = json.loads((home / "out" / "ctconvert.json").read_text())["source"]
+    assert source["id"] == "org/name" and source["revision"] == V2_COMMIT
+    for file in source["files"]:
+        data = (folder / file["name"]).read_bytes()
+        assert file["size"] == len(data) and file["sha256"] == hashlib.sha256(data).hexdigest()
+    assert live["verify"].code == 0, live["verify"].stderr
+
+
+def test_default_place_of_a_hub_model(live: dict[str, Outcome], home: Path) -> None:
+    outcome = live["repack, default place"]
+    assert outcome.code == 0, outcome.stderr
+    manifest = json.loads((home / "name-triton" / "ctconvert.json").read_text())
+    assert manifest["source"]["revision"] == COMMIT
+
+
+def test_only_what_was_converted_is_there(down: dict[str, Outcome], home: Path) -> None:
+    assert sorted(path.name for path in home.iterdir()) == ["again", "hf", "name-triton", "out"]
+
+
+@pytest.mark.parametrize("verb", ["inspect", "repack"])
+def test_what_the_hub_refuses(live: dict[str, Outcome], verb: str) -> None:
+    live[f"{verb}, no such repository"].fails("org/nope", "no such repository")
+    live[f"{verb}, no such revision"].fails("org/name@nope", "no revision 'nope'")
+    live[f"{verb}, gated"].fails("org/locked", "gated", "hf auth login")
+    live[f"{verb}, Hub in trouble"].fails("org/broken", "Hub")
+
+
+def test_verify_against_a_model_that_is_not_there(live: dict[str, Outcome]) -> None:
+    outcome = live["verify, no such repository"]
+    assert outcome.code == 2 and outcome.stdout == ""
+    assert outcome.stderr.splitlines()[-1].startswith("error: org/nope: ")
+
+
+@pytest.mark.parametrize("case", ["inspect", "dry run", "repack"])
+def test_the_hub_cannot_be_reached(down: dict[str, Outcome], case: str) -> None:
+    down[case].fails("org/other", "cannot be reached")
+
+
+def test_the_cache_serves_when_the_hub_does_not(down: dict[str, Outcome], home: Path) -> None:
+    assert json.loads(down["inspect, cached"].stdout)["revision"] == V2_COMMIT
+    assert down["repack, cached"].code == 0, down["repack, cached"].stderr
+    for name in ("model.safetensors", "ctconvert.json", "config.json"):
+        assert (home / "again" / name).read_bytes() == (home / "out" / name).read_bytes()
