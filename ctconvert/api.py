@@ -154,6 +154,8 @@ def verify(
     out: str | Path,
     *,
     against: str | Path | None = None,
+    kernels: bool = False,
+    device: str = "auto",
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -162,6 +164,8 @@ def verify(
     Args:
         out: a converted checkpoint.
         against: the model it was made from, a directory or a Hub id.
+        kernels: also run every module's kernel against the reference.
+        device: where the kernels run.
         workers: threads.
         progress: told of bytes done.
 
@@ -179,6 +183,10 @@ def verify(
         files = open_files(str(against), download=True)
         assert isinstance(files, LocalFiles)
         report["against"] = verify_against(Path(out), Source.open(files), shown, count)
+    if kernels:
+        from ctconvert.runtime.proof import verify_kernels
+
+        report["kernels"] = verify_kernels(Path(out), device, shown)
     return report
 
 

@@ -139,6 +139,13 @@ def inspect(
             _print_inspection(Output(), found)
 
 
+def _print_notes(out: Output, notes: list[str]) -> None:
+    from ctconvert.console import collapse
+
+    for note, count in collapse((note, ()) for note in notes):
+        out.line(f"note: {note}" + (f" ({count} times)" if count != "1" else ""))
+
+
 def _print_inspection(out: Output, found: dict[str, Any]) -> None:
     from ctconvert.console import collapse, size
 
@@ -170,8 +177,7 @@ def _print_inspection(out: Output, found: dict[str, Any]) -> None:
         return module["name"], tuple(cells)
 
     out.table([*columns, "count"], collapse(map(row, found["modules"])))
-    for oddity in found["oddities"]:
-        out.line(f"note: {oddity}")
+    _print_notes(out, found["oddities"])
 
 
 @app.command()
@@ -257,8 +263,7 @@ def repack(
         )
         for refusal in report["kept"]:
             printer.line(f"kept unchanged: {refusal['module']}: {refusal['reason']}")
-        for note in report["notes"]:
-            printer.line(f"note: {note}")
+        _print_notes(printer, report["notes"])
 
 
 def _show_plan(out: Output, plan: Plan, as_json: bool) -> None:
@@ -289,8 +294,7 @@ def _show_plan(out: Output, plan: Plan, as_json: bool) -> None:
     out.line(f"{len(plan.copies)} tensors are copied unchanged")
     for refusal in plan.kept:
         out.line(f"kept unchanged: {refusal}")
-    for note in plan.notes:
-        out.line(f"note: {note}")
+    _print_notes(out, plan.notes)
     for shard in plan.shards:
         out.line(f"{shard.name}: {len(shard.specs)} tensors, {size(shard.size)}")
     out.line(
@@ -305,6 +309,12 @@ def verify(
         str | None,
         typer.Option(metavar="MODEL", help="Also invert every layout and compare with the source."),
     ] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Also run every module against the reference.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="Where kernels run: auto, cpu, cuda, cuda:1, xpu.")
+    ] = "auto",
     json_: Json = False,
     workers: Workers = None,
 ) -> None:
@@ -314,7 +324,14 @@ def verify(
         from ctconvert.console import Output, ShownProgress, print_json, size
 
         with nullcontext() if json_ else ShownProgress() as progress:
-            report = api.verify(out, against=against, workers=workers, progress=progress)
+            report = api.verify(
+                out,
+                against=against,
+                kernels=kernels,
+                device=device,
+                workers=workers,
+                progress=progress,
+            )
         if json_:
             print_json({"ok": True} | report)
             return
@@ -329,6 +346,69 @@ def verify(
                 f"{out}: ok, {compared['modules']} modules hold the codes and scales of {against} "
                 f"bit for bit, and {compared['copied_tensors']} tensors are its own"
             )
+        for layout, run in report.get("kernels", {}).items():
+            printer.line(
+                f"{out}: ok, {run['modules']} {layout} kernels within {run['tolerance']:.0e} of "
+                f"the reference; worst {run['worst_error']:.1e} ({run['module']}, {run['case']})"
+            )
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted checkpoint.")],
+    device: Annotated[
+        str, typer.Option(help="Where kernels run: auto, cpu, cuda, cuda:1, xpu.")
+    ] = "auto",
+    m: Annotated[
+        str, typer.Option("--m", help="Numbers of tokens to time, separated by commas.")
+    ] = "1,16,256,4096",
+    json_: Json = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Write a roofline chart.")
+    ] = None,
+) -> None:
+    """Time a checkpoint's kernels beside the roofline and a dense bf16 matmul."""
+    with _failures():
+        rows = _counts(m)
+        from ctconvert.console import Output, print_json
+        from ctconvert.runtime import benchmark
+
+        found = benchmark.bench(out, device, rows)
+        if plot is not None:
+            benchmark.plot(found, plot)
+        if json_:
+            print_json(found)
+            return
+        printer = Output()
+        printer.line(
+            f"{found['device']}: copy {found['copy_bytes_per_second'] / 1e12:.3f} TB/s, bf16 "
+            f"matmul {found['matmul_flops'] / 1e12:.2f} TFLOP/s, measured now"
+        )
+        columns = ["layout", "weights", "N x K", "M", "us", "TB/s", "TFLOP/s", "floor us"]
+        printer.table(
+            [*columns, "dense us", "dense/ours"],
+            [
+                (
+                    row["layout"],
+                    row["weights"],
+                    f"{row['n']}x{row['k']}",
+                    row["m"],
+                    f"{row['seconds'] * 1e6:.1f}",
+                    f"{row['bytes_per_second'] / 1e12:.3f}",
+                    f"{row['flops'] / 1e12:.2f}",
+                    f"{row['floor_seconds'] * 1e6:.1f}",
+                    f"{row['dense_seconds'] * 1e6:.1f}",
+                    f"{row['dense_seconds'] / row['seconds']:.2f}",
+                )
+                for row in found["rows"]
+            ],
+        )
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise UsageError(f"--m {text!r}: write numbers of tokens separated by commas: 1,16,256")
+    return tuple(map(int, text.split(",")))
 
 
 @app.command()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ctconvert.errors import BadInputError
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 #: quant_method values other than ours, and who handles them.
 OTHER_METHODS: Mapping[str, str] = {
@@ -354,7 +354,9 @@ def family(module: ModuleScheme, stored: str, embedding: bool) -> str:
         if static_int8(inputs) and weights.num_bits < 8:
             return "wna8o8"
     if weights.num_bits == 8 and outputs is None:
-        same = inputs is None or (inputs.type == weights.type and inputs.num_bits == 8)
+        same = inputs is None or (
+            inputs.type == weights.type and inputs.num_bits == 8 and _w8a8_inputs(weights, inputs)
+        )
         if weights.type == "float" and weights.strategy in ("tensor", "channel", "block") and same:
             return "w8a8"
         if is_int and inputs is not None and same:
@@ -366,6 +368,15 @@ def family(module: ModuleScheme, stored: str, embedding: bool) -> str:
     if is_int and inputs is None and outputs is None:
         return "wna16"
     return "other"
+
+
+def _w8a8_inputs(weights: QuantizationArgs, inputs: QuantizationArgs) -> bool:
+    """Static per tensor or dynamic per token; in groups of 128 only beside block-wise weights."""
+    if not inputs.dynamic:
+        return bool(inputs.strategy == "tensor")
+    if weights.strategy == "block":
+        return bool(inputs.strategy == "group" and inputs.group_size == 128)
+    return bool(inputs.strategy == "token")
 
 
 def activations_label(scheme: QuantizationScheme | None) -> str | None:

@@ -174,6 +174,7 @@ FRESH: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         group_config(
             weight_args(8, kind="float", strategy="block", block_structure=[128, 128]),
             format="float-quantized",
+            inputs=fp8(True) | {"strategy": "group", "group_size": 128},
         ),
         {"triton": "scaled-mm", "cuda": "scaled-mm"},
     ),

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     import torch
 
 
+#: Rows and columns that share a scale in the block-wise kernels.
+BLOCK = (128, 128)
+
+
 class ScaledMM(Layout):
     name = "scaled-mm"
     takes = "dense INT8 and FP8, per tensor, per channel or (FP8) block-wise"
@@ -44,6 +48,8 @@ class ScaledMM(Layout):
                 f"scale strategy {spec.strategy} of {spec.kind}8 weights; it takes per-tensor, "
                 "per-channel and block-wise FP8"
             )
+        if spec.block is not None and spec.block != BLOCK:
+            return Support(f"scale blocks of {spec.block[0]} x {spec.block[1]}; it takes 128 x 128")
         for name, value in spec.side_zero_points:
             if not -128 <= value <= 127:
                 return Support(f"{name} is {value}, which is no INT8 value")

@@ -1,0 +1,229 @@
+"""Loads a converted checkpoint: its modules alone, or the transformers model around them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ctconvert import device as devices
+from ctconvert.comparison import find_layout
+from ctconvert.errors import ConversionError, UsageError
+from ctconvert.quantization import QuantizationSettings
+from ctconvert.restoring import recorded_part, restored_config
+from ctconvert.runtime.bindings import Binding
+from ctconvert.runtime.modules import FusedPart, KernelEmbedding, KernelLinear, TiedHead
+from ctconvert.stacking import stacked_spec
+from ctconvert.verification import Output
+
+Modules = dict[str, KernelLinear | KernelEmbedding]
+
+
+class _Tensors:
+    """Tensors by name, from mapped files straight to the device."""
+
+    def __init__(self, folder: Path, files: list[str], device: torch.device) -> None:
+        self._stack = ExitStack()
+        self._device = device
+        place = str(device) if device.type != "cpu" else "cpu"
+        self._files = {
+            name: self._stack.enter_context(safe_open(folder / name, "pt", device=place))
+            for name in files
+        }
+
+    def __enter__(self) -> _Tensors:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def get(self, name: str, file: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[file].get_tensor(name)
+        return tensor
+
+
+def bindings(output: Output) -> dict[str, Binding]:
+    """What each converted module is, from the manifest and the original quantization_config.
+
+    Raises:
+        VerificationError: the manifest names a layout this program does not know.
+    """
+    settings = QuantizationSettings.parse(
+        restored_config(output.folder), str(output.folder / "config.json")
+    )
+    found = {}
+    for name, record in output.manifest["modules"].items():
+        find_layout(name, record["layout"], record["layout_version"])
+        parts = [recorded_part(item, record, settings).part for item in record["parts"]]
+        spec = stacked_spec([part.spec for part in parts])
+        found[name] = Binding(record["layout"], spec, record["details"])
+    return found
+
+
+def load(out: str | Path, device: str = "auto") -> Modules:
+    """The converted modules of a checkpoint, by name, ready to be called.
+
+    Tensors go from the file to the device once; on the CPU they stay mapped. The expert ``e`` of a
+    3-D module is under ``NAME.e``.
+
+    Args:
+        out: a converted checkpoint.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``.
+
+    Raises:
+        UsageError: there is no such directory or device.
+        VerificationError: the manifest is damaged or does not fit the files.
+    """
+    output = Output(Path(out))
+    files = [name for name in output.manifest["files"] if name.endswith(".safetensors")]
+    with _Tensors(output.folder, files, devices.resolve(device)) as tensors:
+        return _modules(output, tensors)
+
+
+def _modules(output: Output, source: _Tensors) -> Modules:
+    found: Modules = {}
+    for name, binding in bindings(output).items():
+        record = output.manifest["modules"][name]
+        beside = {local for part in record["parts"] for local in part["beside"]}
+        tensors, bias = {}, None
+        for full, entry in record["tensors"].items():
+            local = full.rpartition(".")[2]
+            if local in beside:
+                bias = source.get(full, entry["file"]) if local == "bias" else bias
+            else:
+                tensors[local] = source.get(full, entry["file"])
+        kind = KernelEmbedding if binding.spec.embedding else KernelLinear
+        if record["experts"] is None:
+            found[name] = kind(binding, tensors, bias)
+            continue
+        for index in range(record["experts"]):
+            one = {local: tensor[index] for local, tensor in tensors.items()}
+            found[f"{name}.{index}"] = kind(binding, one, None if bias is None else bias[index])
+    return found
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Makes modules without memory for their parameters; buffers are made as usual."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def load_model(
+    out: str | Path, device: str = "auto", dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Any]:
+    """The transformers model of a checkpoint, its converted modules in place, and its tokenizer.
+
+    Args:
+        out: a converted checkpoint.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``.
+        dtype: of activations and unconverted weights; the config's where None.
+
+    Returns:
+        the model, in evaluation mode, and the tokenizer (None where the checkpoint has none).
+
+    Raises:
+        ConversionError: transformers' model has no place for a tensor, or one is left empty.
+        UsageError, VerificationError: as :func:`load`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    output = Output(Path(out))
+    place = devices.resolve(device)
+    raw = json.loads((output.folder / "config.json").read_bytes())
+    raw.pop("quantization_config", None)
+    raw.pop("compression_config", None)
+    if "model_type" not in raw:
+        raise UsageError(
+            f"{output.folder / 'config.json'}: no model_type, so no transformers model"
+        )
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    wanted = dtype or getattr(config, "dtype", None) or torch.bfloat16
+    with _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    files = [name for name in output.manifest["files"] if name.endswith(".safetensors")]
+    with _Tensors(output.folder, files, place) as tensors:
+        modules = _modules(output, tensors)
+        _put_modules(model, output, modules)
+        for name, entry in output.manifest["tensors"].items():
+            _put_tensor(model, name, tensors.get(name, entry["file"]), wanted)
+    _tie(model, modules)
+    empty = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    if empty:
+        raise ConversionError(f"{output.folder}: holds no tensor for {empty[0]} of the model")
+    model.eval().to(place)
+    tokenizer = None
+    if (output.folder / "tokenizer_config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(output.folder)
+    generation = output.folder / "generation_config.json"
+    if generation.exists():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(output.folder)
+    return model, tokenizer
+
+
+def _put_modules(model: nn.Module, output: Output, modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        parts = output.manifest["modules"].get(name, {}).get("parts", [])
+        if len(parts) < 2:
+            _replace(model, name, module)
+            continue
+        assert isinstance(module, KernelLinear)
+        shared: dict[str, object] = {}
+        for index, part in enumerate(parts):
+            _replace(model, part["name"], FusedPart(module, index, shared))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    try:
+        owner = model.get_submodule(parent)
+        model.get_submodule(name)
+    except AttributeError:
+        raise ConversionError(f"module {name}: {type(model).__name__} has no such module") from None
+    setattr(owner, leaf, module)
+
+
+def _put_tensor(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    parent, _, leaf = name.rpartition(".")
+    try:
+        owner = model.get_submodule(parent)
+    except AttributeError:
+        owner = None
+    if owner is not None and leaf in owner._parameters:
+        value = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    elif owner is not None and leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    elif leaf not in ("k_scale", "v_scale", "q_scale"):  # of a quantised KV cache, not used here
+        raise ConversionError(f"tensor {name}: {type(model).__name__} has no place for it")
+
+
+def _tie(model: Any, modules: Modules) -> None:
+    """Gives a tied head its weight: the embedding's, or a view of the quantised table."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or isinstance(head, KernelLinear):
+        return
+    if isinstance(embedding, KernelEmbedding):
+        model.set_output_embeddings(TiedHead(embedding))
+    elif head.weight.is_meta:
+        head.weight = embedding.weight

@@ -1,0 +1,131 @@
+"""``nn.Module``s around the kernels: a converted module as a model uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ctconvert import layouts
+from ctconvert.runtime.bindings import LINEAR, Binding, gather
+from ctconvert.runtime.dequantise import dense_weight
+
+
+class _Kernel(nn.Module):
+    """Holds a module's tensors as buffers, exactly as the checkpoint has them."""
+
+    def __init__(
+        self,
+        binding: Binding,
+        tensors: Mapping[str, torch.Tensor],
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.binding = binding
+        self._names = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.bias: torch.Tensor | None
+        self.register_buffer("bias", bias)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The layout's tensors by local name."""
+        return {name: self.get_buffer(name) for name in self._names}
+
+    def dequantize(self) -> torch.Tensor:
+        """The dense weight, f32 [N, K], decoded by the layout: the reference's weight."""
+        layout = layouts.get(self.binding.layout)
+        assert layout is not None
+        return dense_weight(layout.decode(self.tensors(), self.binding.spec))
+
+    def extra_repr(self) -> str:
+        spec = self.binding.spec
+        return f"{self.binding.layout}, {spec.n}x{spec.k}, {spec.label}"
+
+
+class KernelLinear(_Kernel):
+    """``y = x @ W^T + bias`` by the layout's kernel.
+
+    x is f16 or bf16 [..., K], y [..., N] in x's dtype.
+    """
+
+    @property
+    def in_features(self) -> int:
+        return self.binding.spec.k
+
+    @property
+    def out_features(self) -> int:
+        return self.binding.spec.n
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Rows of each fused part, in order."""
+        return self.binding.spec.widths
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return LINEAR[self.binding.layout](self.binding, self.tensors(), x.contiguous(), self.bias)
+
+
+class KernelEmbedding(_Kernel):
+    """A look-up in a quantised table: ids [...] to rows [..., H] in the scale's dtype."""
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.binding.spec.n
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.binding.spec.k
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return gather(self.binding, self.tensors(), ids)
+
+
+class TiedHead(nn.Module):
+    """The output head of a model whose embedding is quantised and tied: ``x @ table^T``.
+
+    The table is dequantised a block of rows at a time, never as a whole.
+    """
+
+    def __init__(self, embedding: KernelEmbedding, rows: int = 16384) -> None:
+        super().__init__()
+        self._embedding = [embedding]  # in a list: its tensors are registered once, at home
+        self.rows = rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        embedding = self._embedding[0]
+        blocks = []
+        for start in range(0, embedding.num_embeddings, self.rows):
+            end = min(start + self.rows, embedding.num_embeddings)
+            ids = torch.arange(start, end, device=x.device)
+            blocks.append(nn.functional.linear(x, embedding(ids).to(x.dtype)))
+        return torch.cat(blocks, dim=-1)
+
+
+class FusedPart(nn.Module):
+    """One part of a fused module, for a model that still has the parts.
+
+    The parts are called with one input, one after the other; the product is computed for the first
+    and kept until the last has taken its columns.
+    """
+
+    def __init__(self, whole: KernelLinear, index: int, shared: dict[str, object]) -> None:
+        super().__init__()
+        if index == 0:
+            self.whole = whole
+        self._whole = [whole]
+        self._shared = shared
+        self.index = index
+        start = sum(whole.widths[:index])
+        self.columns = slice(start, start + whole.widths[index])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shared = self._shared
+        if shared.get("input") is not x:
+            shared["input"], shared["output"] = x, self._whole[0](x)
+        output = shared["output"]
+        assert isinstance(output, torch.Tensor)
+        if self.index == len(self._whole[0].widths) - 1:
+            shared.clear()
+        return output[..., self.columns]

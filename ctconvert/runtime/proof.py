@@ -1,0 +1,191 @@
+"""``verify --kernels``: runs every module's kernel against the plain reference.
+
+The reference is the weight the layout decodes to, dense and in float64, and the scheme's activation
+quantisation in plain torch; it shares no code with the kernels or with their own references.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctconvert.errors import VerificationError
+from ctconvert.progress import Progress
+from ctconvert.runtime.loading import load
+from ctconvert.runtime.modules import KernelEmbedding, KernelLinear
+
+#: Largest ||kernel - reference|| / ||reference|| by layout. 16-bit outputs round at 2^-9 (bf16);
+#: with quantised activations a value may also fall on the other side of a rounding step.
+TOLERANCE: dict[str, float] = {
+    "triton-wna16": 1e-2,
+    "marlin": 1e-2,
+    "marlin-mxfp4": 1e-2,
+    "scaled-mm": 2e-2,
+    "cutlass-sparse24": 2e-2,
+    "xpu-w4a8": 2e-2,
+    "xpu-w4a16": 1e-2,
+    "gather": 1e-2,
+}
+ROWS = (1, 17, 256)
+
+
+@dataclass
+class Worst:
+    """The worst error of a layout, and where it was met."""
+
+    error: float = 0.0
+    module: str = ""
+    case: str = ""
+    modules: int = 0
+
+
+def inputs(k: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random and adversarial activations [M, K] by name, the same every time."""
+    made = torch.Generator().manual_seed(k)
+    found = {f"random M={m}": torch.randn((m, k), generator=made) for m in ROWS}
+    found["zeros M=17"] = torch.zeros((17, k))
+    one_hot = torch.zeros((17, k))
+    one_hot[torch.arange(17), torch.randint(k, (17,), generator=made)] = 1.0
+    found["one-hot M=17"] = one_hot
+    found["large M=17"] = torch.randn((17, k), generator=made) * 1000.0
+    outlier = torch.randn((17, k), generator=made)
+    outlier[:, 0] *= 100.0
+    found["outlier M=17"] = outlier
+    return {name: x.to(dtype).to(device) for name, x in found.items()}
+
+
+def _quantised_activations(module: KernelLinear, x: torch.Tensor) -> torch.Tensor:
+    """What the scheme makes of x, in float64."""
+    spec, tensors = module.binding.spec, module.tensors()
+    if spec.family == "wna8o8":
+        return _fake_quantised(x, tensors.get("input_scale")).double()
+    quantised = spec.family == "w8a8" or (spec.sparse and spec.scale_shape is not None)
+    if module.binding.layout == "xpu-w4a8":
+        quantised = True
+    if not quantised or spec.input_type is None:
+        return x.double()
+    wide = x.double()
+    limit = 127.0 if spec.kind == "int" else 448.0
+    zero: torch.Tensor | float = 0.0
+    if "input_scale" in tensors:
+        scale = tensors["input_scale"].double()
+        zero = tensors["input_zero_point"].double() if "input_zero_point" in tensors else 0.0
+    else:
+        rows = wide if spec.block is None else _blocks(wide, spec.block[1])
+        scale = rows.abs().amax(-1, keepdim=True) / limit
+        scale = torch.where(scale > 0, scale, 1.0)
+        if spec.block is not None:
+            scale = scale.expand_as(rows).flatten(-2)[:, : spec.k]
+    if spec.kind == "int":
+        return ((wide / scale + zero).round().clamp(-128, 127) - zero) * scale
+    rounded = (wide / scale).clamp(-448, 448).to(torch.float32).to(torch.float8_e4m3fn)
+    return rounded.double() * scale
+
+
+def _blocks(x: torch.Tensor, columns: int) -> torch.Tensor:
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % columns))
+    return padded.unflatten(-1, (-1, columns))
+
+
+def _fake_quantised(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Static INT8 fake quantisation in x's dtype, half to even."""
+    if scale is None:
+        return x
+    step = scale.to(x.dtype)
+    return (x / step).round().clamp(-128, 127) * step
+
+
+def _check_linear(module: KernelLinear, dtype: torch.dtype, device: torch.device) -> Worst:
+    weight = module.dequantize().double()
+    worst = Worst()
+    for case, x in inputs(module.in_features, dtype, device).items():
+        expected = _quantised_activations(module, x) @ weight.t()
+        if module.bias is not None:
+            expected = expected + module.bias.double()
+        if module.binding.spec.family == "wna8o8":
+            expected = _fake_quantised(expected.to(dtype), module.tensors().get("output_scale"))
+        error = _error(module(x).double(), expected.double())
+        if not error <= worst.error:  # NaN is worse than anything
+            worst.error, worst.case = error, case
+    return worst
+
+
+def _check_embedding(module: KernelEmbedding, device: torch.device) -> Worst:
+    weight = module.dequantize().double()
+    made = torch.Generator().manual_seed(module.num_embeddings)
+    worst = Worst()
+    for count in ROWS:
+        ids = torch.randint(module.num_embeddings, (count,), generator=made).to(device)
+        ids[0], ids[-1] = 0, module.num_embeddings - 1
+        error = _error(module(ids).double(), weight[ids])
+        if not error <= worst.error:
+            worst.error, worst.case = error, f"{count} ids"
+    return worst
+
+
+def _error(made: torch.Tensor, expected: torch.Tensor) -> float:
+    """||made - expected|| / ||expected||; where nothing is expected, any output is an error."""
+    norm = float(expected.norm())
+    difference = float((made - expected).norm())
+    if norm == 0.0:
+        return 0.0 if difference == 0.0 else float("inf")
+    return difference / norm
+
+
+def verify_kernels(
+    out: Path, device: str, progress: Progress, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
+    """Runs every module of a converted checkpoint and compares it with the reference.
+
+    Args:
+        out: a converted checkpoint.
+        device: where the kernels run.
+        progress: told of modules done, by their bytes.
+        dtype: of the activations; float16 where a module's scales are.
+
+    Returns:
+        by layout: modules, worst relative error, where it was met, the tolerance.
+
+    Raises:
+        VerificationError: a kernel is off by more than its layout's tolerance.
+    """
+    modules = load(out, device)
+    sizes = {
+        name: sum(tensor.nbytes for tensor in module.tensors().values())
+        for name, module in modules.items()
+    }
+    progress.phase("running", sum(sizes.values()))
+    worst: dict[str, Worst] = {}
+    for name, module in modules.items():
+        place = next(iter(module.tensors().values())).device
+        if isinstance(module, KernelEmbedding):
+            found = _check_embedding(module, place)
+        else:
+            scale = module.binding.spec.scale_dtype
+            half = scale == "F16" or module.binding.spec.element == "F16"
+            found = _check_linear(module, torch.float16 if half else dtype, place)
+        layout = module.binding.layout
+        tolerance = TOLERANCE[layout]
+        if not found.error <= tolerance:
+            raise VerificationError(
+                f"module {name}: the {layout} kernel is off by {found.error:.2e} ({found.case}), "
+                f"more than the tolerance {tolerance:.0e}"
+            )
+        seen = worst.setdefault(layout, Worst())
+        seen.modules += 1
+        if found.error >= seen.error:
+            seen.error, seen.module, seen.case = found.error, name, found.case
+        progress.advance(sizes[name])
+    return {
+        layout: {
+            "modules": seen.modules,
+            "worst_error": seen.error,
+            "module": seen.module,
+            "case": seen.case,
+            "tolerance": TOLERANCE[layout],
+        }
+        for layout, seen in worst.items()
+    }

@@ -1,0 +1,95 @@
+"""Embedding look-up: time and share of a device copy's bandwidth.
+
+    python tests/bench/bench_gather.py
+
+Bytes counted: the packed rows, scales and ids read, and the output written.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+import torch
+from triton.testing import do_bench
+
+from ctconvert.runtime.kernels.gather import (
+    embedding_gather,
+    embedding_gather_reference,
+    packed_words,
+)
+
+VOCABULARY = 131072
+GROUP = 128
+
+
+def median_us(function: Any) -> float:
+    """Median time of one launch in a CUDA graph, the L2 cache flushed before each."""
+    function()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return float(do_bench(graph.replay, warmup=10, rep=50, return_mode="median")) * 1e3
+
+
+def copy_bandwidth(device: str) -> float:
+    """TB/s of a device copy of 1 GiB, bytes read and written."""
+    source = torch.randint(0, 2**31, (2**28,), dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    # Not in a graph: there the copy becomes a node of its own kind, which is slower.
+    copy = partial(target.copy_, source)
+    ms = float(do_bench(copy, warmup=10, rep=100, return_mode="median"))
+    return 2 * source.nbytes / ms / 1e9
+
+
+def measure(device: str = "cuda") -> list[dict[str, Any]]:
+    """One row for each case; raises if a case is not exact."""
+    torch.manual_seed(0)
+    copy = copy_bandwidth(device)
+    rows = []
+    cases = [
+        *itertools.product((4,), (4096, 8192), (GROUP, 0), (256, 65536)),
+        *itertools.product((2, 3, 8), (4096,), (GROUP,), (65536,)),
+    ]
+    for bits, hidden, group, count in cases:
+        words = packed_words(hidden, bits, "dense")
+        table = torch.randint(
+            -(2**31), 2**31, (VOCABULARY, words), dtype=torch.int32, device=device
+        )
+        groups = hidden // group if group else 1
+        scale = torch.rand(VOCABULARY, groups, device=device).bfloat16()
+        ids = torch.randint(0, VOCABULARY, (count,), device=device)
+        arguments: dict[str, Any] = {"bits": bits, "hidden": hidden}
+        some = ids[:512].contiguous()
+        expected = embedding_gather_reference(some, table, scale, **arguments)
+        if not torch.equal(embedding_gather(some, table, scale, **arguments), expected):
+            raise AssertionError(f"bits {bits}, hidden {hidden}: not the reference's values")
+        us = median_us(partial(embedding_gather, ids, table, scale, **arguments))
+        moved = count * (words * 4 + groups * 2 + hidden * 2 + 8)
+        rows.append(
+            {
+                "bits": bits,
+                "hidden": hidden,
+                "group": group or "channel",
+                "rows": count,
+                "us": round(us, 1),
+                "TB/s": round(moved / us / 1e6, 2),
+                "of copy": f"{moved / us / 1e6 / copy:.0%}",
+                "copy TB/s": round(copy, 2),
+            }
+        )
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Markdown, one column for each key of the first row."""
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + " --- |" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+
+
+if __name__ == "__main__":
+    print(torch.cuda.get_device_name())
+    print_table(measure())

@@ -1,0 +1,221 @@
+"""Loading converted checkpoints, proving them by running them, and timing them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import config_of, group_config, quantised, weight_args, write_checkpoint
+from conftest import CHECKPOINTS, GPU
+from test_cli import run
+from test_schemes import FRESH, REAL
+
+import ctconvert
+from ctconvert.errors import VerificationError
+from ctconvert.layouts import LAYOUTS
+from ctconvert.runtime import KernelEmbedding, KernelLinear, bindings, load, load_model
+from ctconvert.runtime.proof import TOLERANCE
+
+#: One real checkpoint a layout; the slow ones of them are left to the GPU.
+ONE_EACH = (
+    ("smol-w4a16-g32-asym", "triton", "triton-wna16"),
+    ("smol-w4a16-g32-asym", "cuda", "marlin"),
+    ("smol-mxfp4a16", "cuda", "marlin-mxfp4"),
+    ("old071-smol-sparse24-fp8-dynamic-channel", "cuda", "cutlass-sparse24"),
+    ("old071-smol-sparse24-bf16", "cuda", "cutlass-sparse24"),
+    ("smol-w4a8-int8dyn-g32-packed", "xpu", "xpu-w4a8"),
+    ("smol-w4a8o8-pack-static", "xpu", "xpu-w4a16"),
+    ("smol-w4-embed-head-g64", "triton", "gather"),
+)
+
+
+def converted(name: str, target: str, tmp_path: Path, **options: Any) -> Path:
+    out = tmp_path / "out"
+    ctconvert.repack(CHECKPOINTS / name, out, target=target, device="cpu", **options)
+    return out
+
+
+@pytest.mark.parametrize(("name", "target", "layout"), ONE_EACH)
+def test_kernels_agree_with_the_reference(
+    name: str, target: str, layout: str, tmp_path: Path
+) -> None:
+    out = converted(name, target, tmp_path)
+    report = ctconvert.verify(out, kernels=True, device="cpu")["kernels"]
+    assert report[layout]["modules"] > 0
+    assert report[layout]["worst_error"] <= TOLERANCE[layout]
+
+
+@pytest.mark.parametrize("name", [name for name in FRESH if "8" in name and "wna" not in name])
+def test_w8a8_kernels_agree_with_the_reference(name: str, tmp_path: Path) -> None:
+    group, layouts = FRESH[name]
+    if layouts.get("triton") != "scaled-mm":
+        pytest.skip("not W8A8")
+    tensors = {f"a.down_proj.{x}": t for x, t in quantised(192, 256, group, 1).items()}
+    source = write_checkpoint(tmp_path / "in", tensors, config_of(group))
+    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
+    report = ctconvert.verify(tmp_path / "out", kernels=True, device="cpu")["kernels"]
+    assert report["scaled-mm"]["worst_error"] <= TOLERANCE["scaled-mm"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("fuse", [False, True])
+def test_kernels_agree_with_the_reference_on_the_gpu(name: str, fuse: bool, tmp_path: Path) -> None:
+    for target, layouts in REAL[name].items():
+        if layouts is not None:
+            out = converted(name, target, tmp_path / target, fuse=fuse)
+            report = ctconvert.verify(out, kernels=True, device="cuda")["kernels"]
+            assert set(report) == layouts
+
+
+def test_every_layout_can_be_run() -> None:
+    names = {layout.name for layout in LAYOUTS}
+    assert set(TOLERANCE) == names
+    assert set(bindings.LINEAR) | {"gather"} == names
+
+
+def test_a_wrong_kernel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = converted("smol-w4a16-g32-asym", "triton", tmp_path)
+    right = bindings.LINEAR["triton-wna16"]
+
+    def wrong(*args: Any) -> torch.Tensor:
+        y = right(*args)
+        y[..., 7] = 0  # one column of many
+        return y
+
+    monkeypatch.setitem(bindings.LINEAR, "triton-wna16", wrong)
+    with pytest.raises(VerificationError, match=r"triton-wna16 kernel is off by"):
+        ctconvert.verify(out, kernels=True, device="cpu")
+    code, _, err = run("verify", out, "--kernels", "--device", "cpu")
+    assert code == 1
+    assert "off by" in err
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_modules_compute_the_layer(fuse: bool, tmp_path: Path) -> None:
+    out = converted("smol-w4a16-g32-asym", "triton", tmp_path, fuse=fuse)
+    modules = load(out, "cpu")
+    name = "model.layers.0.self_attn." + ("qkv_proj" if fuse else "k_proj")
+    module = modules[name]
+    assert isinstance(module, KernelLinear)
+    assert (module.out_features, module.in_features) == (960 if fuse else 192, 576)
+    assert module.widths == ((576, 192, 192) if fuse else (192,))
+    x = torch.randn(3, 5, 576, dtype=torch.bfloat16)
+    expected = x.float() @ module.dequantize().t()
+    torch.testing.assert_close(module(x).float(), expected, rtol=0.02, atol=0.05)
+
+
+def test_experts_are_loaded_one_by_one(tmp_path: Path) -> None:
+    group = group_config(weight_args(4, 32), ["re:.*experts.*"])
+    name = "model.layers.0.mlp.experts.down_proj"
+    each = [quantised(64, 96, group, seed) for seed in range(3)]
+    tensors = {
+        f"{name}.{local}": torch.stack([made[local] for made in each])
+        for local in ("weight_packed", "weight_scale")
+    }
+    tensors[f"{name}.weight_shape"] = torch.tensor([3, 64, 96])
+    source = write_checkpoint(tmp_path / "in", tensors, config_of(group))
+    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
+    modules = load(tmp_path / "out", "cpu")
+    assert list(modules) == [f"{name}.{index}" for index in range(3)]
+    ctconvert.verify(tmp_path / "out", kernels=True, device="cpu")
+
+
+def whole_model(folder: Path, **config: Any) -> Path:
+    """A two-layer Llama, every Linear quantised, its embedding too where the config ties it."""
+    from compressed_tensors.quantization import QuantizationScheme
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    settings = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        dtype=torch.bfloat16,
+        **config,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+    tied = settings.tie_word_embeddings
+    group = group_config(weight_args(4, 32), ["Linear", "Embedding"] if tied else ["Linear"])
+    QuantizationScheme.model_validate(group)
+    tensors = {}
+    for seed, (name, tensor) in enumerate(model.state_dict().items()):
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and tensor.ndim == 2 and (tied or "embed" not in name):
+            if tied and "lm_head" in name:
+                continue
+            made = quantised(*tensor.shape, group, seed)
+            made["weight_scale"] /= 4
+            tensors |= {f"{module}.{local}": value for local, value in made.items()}
+        else:
+            tensors[name] = tensor.clone()
+    return write_checkpoint(
+        folder, tensors, config_of(group, ignore=[]), **json.loads(settings.to_json_string())
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_the_whole_model_gives_the_dequantised_models_logits(
+    tied: bool, fuse: bool, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = whole_model(tmp_path / "in", tie_word_embeddings=tied)
+    out = tmp_path / "out"
+    ctconvert.repack(source, out, target="triton", device="cpu", fuse=fuse)
+    device = "cuda" if GPU else "cpu"
+    model, tokenizer = load_model(out, device)
+    assert tokenizer is None
+    raw = json.loads((source / "config.json").read_text())
+    raw.pop("quantization_config")
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    state = plain.state_dict()
+    ctconvert.repack(source, tmp_path / "apart", target="triton", device="cpu")
+    for name, module in load(tmp_path / "apart", "cpu").items():
+        state[f"{name}.weight"] = module.dequantize().bfloat16()
+    if tied:
+        assert isinstance(model.get_input_embeddings(), KernelEmbedding)
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    else:
+        from reference import load_tensors
+
+        state["model.embed_tokens.weight"] = load_tensors(source)["model.embed_tokens.weight"]
+    plain.load_state_dict(state)
+    plain.eval()
+    ids = torch.arange(1, 24).reshape(1, -1)
+    with torch.inference_mode():
+        expected = plain(input_ids=ids).logits.float()
+        made = model(input_ids=ids.to(device)).logits.float().cpu()
+    assert float((made - expected).norm() / expected.norm()) < 0.03
+    assert torch.isfinite(made).all()
+    assert made.std() > 0
+
+
+def test_bench_reports_every_shape(tmp_path: Path) -> None:
+    out = converted("smol-w4a16-g64-sym", "triton", tmp_path)
+    code, text, _ = run("bench", out, "--device", "cpu", "--m", "1,3", "--json")
+    assert code == 0
+    found = json.loads(text)
+    assert {(row["n"], row["k"], row["m"]) for row in found["rows"]} == {
+        (n, 576, m) for n in (192, 576) for m in (1, 3)
+    }
+    for row in found["rows"]:
+        assert row["seconds"] >= 0.2 * row["floor_seconds"] > 0
+    code, _, err = run("bench", out, "--m", "0")
+    assert code == 2
+    assert "--m" in err
+
+
+def test_bench_draws_a_roofline(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = converted("smol-w4a16-g64-sym", "triton", tmp_path)
+    assert run("bench", out, "--device", "cpu", "--m", "1", "--plot", tmp_path / "r.png")[0] == 0
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
