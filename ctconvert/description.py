@@ -12,7 +12,13 @@ from ctconvert.checkpoint.header import TensorEntry
 from ctconvert.checkpoint.source import Source
 from ctconvert.errors import BadInputError
 from ctconvert.formats.base import METADATA_NAMES, ModuleTensors, activation_names
-from ctconvert.quantization import ModuleScheme, QuantizationSettings, guess_class, is_router
+from ctconvert.quantization import (
+    ModuleScheme,
+    QuantizationSettings,
+    guess_class,
+    is_router,
+    looks_linear,
+)
 from ctconvert.specs import TensorSpec, WeightSpec
 
 #: Tensors that show a module's weight is quantised, whatever the config says.
@@ -108,8 +114,9 @@ def describe(source: Source) -> Description:
         module, _, local = entry.name.rpartition(".")
         grouped.setdefault(module, {})[local] = entry
     schemes: dict[str, ModuleScheme] = {}
+    leaves = {name.rpartition(".")[2] for name, entries in grouped.items() if _evidence(entries)}
     for name, entries in grouped.items():
-        scheme = _scheme_of(settings, name, entries)
+        scheme = _scheme_of(settings, name, entries, leaves)
         if scheme is not None:
             schemes[name] = scheme
     metadata = source.values(
@@ -128,14 +135,24 @@ def describe(source: Source) -> Description:
     return Description(source, settings, modules, plain, _oddities(source, settings, modules))
 
 
-def _scheme_of(
-    settings: QuantizationSettings, name: str, entries: dict[str, TensorEntry]
-) -> ModuleScheme | None:
-    """The scheme of a module that is quantised, None for one that is not; they must agree."""
+def _evidence(entries: dict[str, TensorEntry]) -> list[str]:
+    """What shows that a module's weight is quantised."""
+    found = sorted(_EVIDENCE & entries.keys())
     weight = entries.get("weight")
-    evidence = sorted(_EVIDENCE & entries.keys())
     if weight is not None and weight.spec.dtype in _QUANTISED_DTYPES:
-        evidence.append(f"weight {weight.spec}")
+        found.append(f"weight {weight.spec}")
+    return found
+
+
+def _scheme_of(
+    settings: QuantizationSettings, name: str, entries: dict[str, TensorEntry], leaves: set[str]
+) -> ModuleScheme | None:
+    """The scheme of a module that is quantised, None for one that is not; they must agree.
+
+    ``leaves`` are the last names of all modules that hold quantised tensors.
+    """
+    weight = entries.get("weight")
+    evidence = _evidence(entries)
     guess = guess_class(name)
     scheme = settings.scheme_of(name, guess)
     if evidence:
@@ -148,12 +165,16 @@ def _scheme_of(
                 "config and the tensors contradict each other"
             )
         return scheme
-    if scheme is None or weight is None or len(weight.spec.shape) not in (2, 3):
+    if scheme is None or weight is None or len(weight.spec.shape) != 2:
         return None
     if scheme.scheme is not None and scheme.scheme.weights is None:
         return None
-    if is_router(name) and scheme.target != name:
-        return None
+    if scheme.target != name:
+        # a class name, or a pattern, means Linear and Embedding modules; a dense weight may be of
+        # another class (a router, a table of biases), which the checkpoint does not say
+        leaf = name.rpartition(".")[2]
+        if is_router(name) or not (looks_linear(name) or leaf in leaves or not leaves):
+            return None
     raise BadInputError(
         f"module {name}: the config says {scheme.format} (target {scheme.target!r}), but its "
         f"weight is dense, {weight.spec}; list it in quantization_config.ignore if it is meant "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ctconvert.planning import ModulePlan, Plan
+from ctconvert.specs import TensorSpec
 
 #: Part of the budgets that does not depend on the largest module.
 _READ_AHEAD = 96 << 20
@@ -34,9 +35,19 @@ def memory_of(plan: Plan) -> Memory:
 
 
 def work_bytes(item: ModulePlan) -> int:
-    """What a module's transform holds beside its source tensors."""
-    fused = item.input_bytes if len(item.parts) > 1 else 0
-    return fused + item.output_bytes + max(item.input_bytes, item.output_bytes)
+    """What a module's transform holds beside its source tensors, at its peak.
+
+    That is the logical weight (where it is not the source's own memory), the output, and the weight
+    that the output is decoded to, to be compared; or the parts of a fused weight and their stack.
+    """
+    spec = item.spec
+    logical = item.input_bytes
+    if spec.storage == "plain":
+        logical = TensorSpec(spec.element, (spec.n, spec.k)).nbytes
+    fused = len(item.parts) > 1
+    own = logical if fused or spec.sparse else 0
+    stacking = 2 * logical if fused and spec.sparse else 0
+    return max(stacking, own + item.output_bytes + logical)
 
 
 def peak_memory(plan: Plan) -> int:

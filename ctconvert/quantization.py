@@ -40,6 +40,9 @@ _EMBEDDING_LEAVES = re.compile(
     r"(^|.*_)(embed_tokens|embeddings?|wte|wpe|embed_positions|pos_embed|embed_in|tok_embeddings)"
     r"(_per_layer)?$"
 )
+_LINEAR_LEAVES = re.compile(
+    r"(.*_)?(proj|fc|linear|dense|qkv|query|key|value|w|mlp|head|c_attn|embed_tokens|wte)_?\d*$"
+)
 _ROUTER_LEAVES = frozenset(
     {"gate", "router", "wg", "gating", "shared_expert_gate", "classifier", "router_layer"}
 )
@@ -60,11 +63,6 @@ class ModuleScheme:
     actorder_group: bool = False
     sparse: bool = False
 
-    @property
-    def by_name(self) -> bool:
-        """Whether a name or a pattern chose the module (not a class name)."""
-        return self.target.startswith("re:") or "." in self.target
-
 
 def guess_class(module: str) -> str:
     """``Embedding`` or ``Linear``: a checkpoint does not hold class names, so names decide."""
@@ -74,6 +72,11 @@ def guess_class(module: str) -> str:
 def is_router(module: str) -> bool:
     """Whether a dense 2-D weight of this name may be an MoE router, which is no ``Linear``."""
     return module.rpartition(".")[2] in _ROUTER_LEAVES
+
+
+def looks_linear(module: str) -> bool:
+    """Whether a module is by its name a linear layer or a token embedding."""
+    return _LINEAR_LEAVES.match(module.rpartition(".")[2]) is not None
 
 
 def _match(target: str, name: str, cls: str | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,10 @@ DTYPE_BITS: Mapping[str, int] = {
 
 #: Dtypes a floating-point scale may have.
 SCALE_DTYPES = ("F16", "BF16", "F32")
+
+
+#: How codes of 3, 5, 6 and 7 bits lie in words; the same for the other widths.
+Packing = Literal["dense", "padded"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class WeightSpec:
     k: int
     storage: str
     element: str = "I32"
-    packing: str = "dense"
+    packing: Packing = "dense"
     strategy: str | None = None
     group_size: int | None = None
     block: tuple[int, int] | None = None

@@ -10,7 +10,7 @@ from builders import config_of, group_config, weight_args
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
 from ctconvert.errors import BadInputError
-from ctconvert.quantization import QuantizationSettings, family, guess_class
+from ctconvert.quantization import QuantizationSettings, family, guess_class, looks_linear
 
 
 class Block(torch.nn.Module):
@@ -138,3 +138,21 @@ def test_families(group: dict[str, Any], expected: str) -> None:
 def test_a_contradiction_names_the_place() -> None:
     with pytest.raises(BadInputError, match=r"config_groups\.group_0\.weights\.unknown_field"):
         parse(**config_of(group_config(weight_args(4, 32, unknown_field=1))))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "expected"),
+    [
+        ("q_proj", True),
+        ("fc1", True),
+        ("w2", True),
+        ("lm_head", True),
+        ("dense_4h_to_h", False),
+        ("embed_tokens", True),
+        ("relative_attention_bias", False),
+        ("conv1d", False),
+        ("norm", False),
+    ],
+)
+def test_names_of_linears(leaf: str, expected: bool) -> None:
+    assert looks_linear(f"model.layers.0.{leaf}") == expected

@@ -293,3 +293,18 @@ def test_only_a_checkpoint_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no checkpoint"):
         ctconvert.repack(EXAMPLE, tmp_path / "home", target="triton", device="cpu", overwrite=True)
     assert (tmp_path / "home" / "letters.txt").read_text() == "dear"
+
+
+def test_dense_weights_of_other_classes_are_copied(tmp_path: Path) -> None:
+    scheme = group_config(weight_args(4, 32))
+    tensors = layer(scheme)
+    other = {
+        "model.layers.0.mixer.conv1d.weight": torch.randn(64, 1, 4),
+        "model.layers.0.mlp.gate.weight": torch.randn(8, 256),
+        "model.layers.0.attn.relative_attention_bias.weight": torch.randn(32, 8),
+        "model.pos_embed.weight": torch.randn(16, 256),
+    }
+    source = write_checkpoint(tmp_path / "in", tensors | other, config_of(scheme))
+    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
+    after = load_tensors(tmp_path / "out")
+    assert all(equal(after[name], tensor) for name, tensor in other.items())

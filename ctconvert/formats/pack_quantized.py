@@ -29,7 +29,7 @@ from ctconvert.formats.base import (
     storage_of,
 )
 from ctconvert.quantization import ModuleScheme
-from ctconvert.specs import QuantizedWeight, WeightSpec
+from ctconvert.specs import Packing, QuantizedWeight, WeightSpec
 
 if TYPE_CHECKING:
     import torch
@@ -38,17 +38,15 @@ if TYPE_CHECKING:
 DENSE_SINCE = (0, 18)
 
 
-def words_per_row(k: int, bits: int, packing: str) -> int:
-    """Words of a packed row of ``k`` codes."""
-    return -(-k * bits // 32) if packing == "dense" else -(-k // (32 // bits))
+def _packing(tensors: ModuleTensors, words: int, k: int, bits: int) -> Packing:
+    from ctconvert.transforms.packed import row_words
 
-
-def _packing(tensors: ModuleTensors, words: int, k: int, bits: int) -> str:
-    fits = [name for name in ("dense", "padded") if words_per_row(k, bits, name) == words]
+    both: tuple[Packing, Packing] = ("dense", "padded")
+    fits = [name for name in both if row_words(k, bits, name) == words]
     if not fits:
         raise tensors.error(
             f"weight_shape says K = {k}, but weight_packed has {words} words a row, not "
-            f"{words_per_row(k, bits, 'dense')} for {bits}-bit codes; one of the two is wrong"
+            f"{row_words(k, bits)} for {bits}-bit codes; one of the two is wrong"
         )
     if len(fits) == 1 or 32 % bits == 0:
         return fits[0]
@@ -79,6 +77,8 @@ class PackQuantized(Format):
     weight_name = "weight_packed"
 
     def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:
+        from ctconvert.transforms.packed import row_words
+
         fields = storage_of(scheme, tensors)
         bits = fields["bits"]
         if fields["kind"] != "int" or not 1 <= bits <= 8:
@@ -107,7 +107,7 @@ class PackQuantized(Format):
             raise tensors.error(f"weight_g_idx is {tensors.specs['weight_g_idx']}, not [{k}]")
         if not fields["symmetric"]:
             zero = tensors.check("weight_zero_point", ("I32",))
-            want = (words_per_row(n, bits, packing), scale_shape[1])
+            want = (row_words(n, bits, packing), scale_shape[1])
             if zero.shape != want:
                 raise tensors.error(
                     f"weight_zero_point is {zero}, expected {list(want)}: {bits}-bit zero points "

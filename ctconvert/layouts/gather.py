@@ -28,12 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def _words(spec: WeightSpec) -> int:
-    if spec.packing == "dense":
-        return -(-spec.k * spec.bits // 32)
-    return -(-spec.k // spec.codes_per_word)
-
-
 class Gather(Layout):
     name = "gather"
     takes = "embedding tables, INT of 2 to 8 bits, grouped or channel-wise"
@@ -54,10 +48,13 @@ class Gather(Layout):
         return Support()
 
     def output_specs(self, spec: WeightSpec) -> dict[str, TensorSpec]:
+        from ctconvert.transforms.packed import row_words
+
         assert spec.scale_dtype is not None
         assert spec.scale_shape is not None
+        words = row_words(spec.k, spec.bits, spec.packing)
         specs = {
-            "weight_packed": TensorSpec("I32", (spec.n, _words(spec))),
+            "weight_packed": TensorSpec("I32", (spec.n, words)),
             "weight_scale": TensorSpec(spec.scale_dtype, spec.scale_shape),
         }
         if not spec.symmetric:

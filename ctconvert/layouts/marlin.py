@@ -43,12 +43,9 @@ GROUP_SIZES = (32, 64, 128)
 
 def padded_shape(n: int, k: int) -> tuple[int, int]:
     """The smallest N x K that the kernel's tiles fit: (64, 128) or (128, 64) at a time."""
+    from ctconvert.transforms.marlin import marlin_padded_shape
 
-    def up(value: int, multiple: int) -> int:
-        return -(-value // multiple) * multiple
-
-    shapes = ((up(n, 64), up(k, 128)), (up(n, 128), up(k, 64)))
-    return min(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
+    return marlin_padded_shape(n, k)
 
 
 def _padded_codes(weight: QuantizedWeight) -> torch.Tensor:
