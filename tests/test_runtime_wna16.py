@@ -229,10 +229,10 @@ def test_leading_dimensions_and_empty_input() -> None:
 # --- Triton: interpreted on the CPU, compiled on a GPU -------------------------------------------
 
 
-def tiles(*args: Any) -> Any:
-    from ctconvert.runtime.kernels.wna16_triton import Tiles
+def tiles(block_m: int, *args: Any) -> Any:
+    from ctconvert.runtime.kernels.wna16_triton import FEWEST_ROWS, Tiles
 
-    return Tiles(*args)
+    return Tiles(max(block_m, FEWEST_ROWS), *args)
 
 
 def dense() -> Any:
@@ -356,11 +356,16 @@ def test_selection_suits_every_shape() -> None:
     for m, bits, group, sms in itertools.product(
         (1, 8, 9, 16, 17, 64, 65, 300, 5000), (2, 4, 8), (16, 24, 32, 48, 64, 128, 4096), (1, 132)
     ):
-        config = triton_part.select(m, 4096, 4096, bits, group, sms)
-        if isinstance(config, triton_part.Tiles):
-            assert group % config.block_k == 0
-            assert config.block_k % 16 == 0
-            assert config.blocks * (32 // bits) >= 8 * config.warps // 4
+        for config in (
+            triton_part.select(m, 4096, 4096, bits, group, sms),
+            triton_part.select_elsewhere(m, group, bits),
+        ):
+            if isinstance(config, triton_part.Tiles):
+                assert group % config.block_k == 0
+                assert config.block_k % 16 == 0
+                assert config.block_m >= min(m, 64) or bits == 2
+                # Eight words and a half word a warp: fewer would move codes between threads.
+                assert config.blocks * 2 >= config.warps
 
 
 # --- fake-quantisation ---------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def wna16_gemm(
         qweight: i32 [K, N/f], f = 32/bits codes a word, neighbours along N.
         scales: f16, bf16 or f32 [K/group_size, N].
         qzeros: i32 [K/group_size, N/f]; None where symmetric (zero = 2^(bits-1)).
-        bias: f16, bf16 or f32 [N], added in f32.
+        bias: f16, bf16 or f32 [N], added before the result is rounded.
         bits: 2, 4 or 8.
         group_size: rows of K that share a scale; any divisor of K (K itself: channel-wise).
         input_scale: f32 [1]; x becomes fake_quant_int8(x, input_scale).
@@ -198,7 +198,8 @@ def wna16_gemm(
 
     All tensors are contiguous and on one device. On the CPU this is the reference; elsewhere
     Triton kernels, or, for many rows of x and for group sizes that are no multiple of 16, one
-    dequantising pass into a temporary [K, N] and torch's product. Inference only: no gradient.
+    dequantising pass into a temporary [K, N] and torch's product (which takes the bias in x's
+    dtype). Inference only: no gradient.
 
     Raises:
         TypeError: a wrong dtype.

@@ -9,22 +9,21 @@ Before (N = output features, K = input features, G = group size, b = 2, 4, 8, f 
 
 After: [M, N] in x's dtype, ``out[m, n] = sum_k x[m, k] * (code - zero)[k, n] * scale[k // G, n]``.
 
-Three ways, chosen by :func:`select`:
-
-- *skinny* (M <= 16): warps side by side along K, each a small tensor-core product; the group's
-  scale is applied to the f32 partial sum, once a group.
-- *wide*: Hopper's warpgroup product with the weight in registers; ``code - zero`` is exact in x's
-  dtype and multiplied by the scale there (one rounding a weight, none for 2^n scales).
-- *dense*: one pass dequantises to [K, N] in x's dtype, then torch multiplies. Any group size.
+Two ways, chosen by :func:`select`: a fused kernel that unpacks the weight in registers on its way
+to the tensor cores, and, for many rows of x or group sizes that are no multiple of 16, one pass
+that dequantises to [K, N] in x's dtype before torch's product. The fused kernel forms
+``code - zero`` exactly in x's dtype; the scale multiplies either the f32 sum over a group (few rows
+of x: nothing is rounded before the result) or the weight (many rows: one rounding a weight).
 
 How the codes get into tensor-core order without moving between threads: the layout packs
 neighbours along N, while the fragment of a tensor-core operand pairs neighbours along K. So the
-product computed is ``weight^T [n, k] @ x^T [k, m]``, and both axes are taken in a permuted order:
-lane (g, q) of a warp loads words of column block g and rows 4q..4q+3 (or 2q, 2q+1), a word yields
-its 32/b codes as different rows of the operand in the same lane, and two words of rows k, k + 1
-yield packed pairs. The permutation of K is the same for x; that of N is undone when the result is
-stored. A code becomes a 16-bit float without a conversion: ``code | 0x4300`` are the bits of
-bf16(128 + code), ``code | 0x6400`` those of f16(1024 + code), and subtracting 128 + zero is exact.
+product computed is ``weight^T [n, k] @ x^T [k, m]``, with N in an order of its own: lane (g, q) of
+a warp reads words g, g + 8, ... of rows 2q, 2q + 1, 2q + 8, 2q + 9 of every 16; a word yields its
+32/b codes as different rows of the operand in the same lane, and the words of rows k, k + 1 yield
+packed pairs. The order of N is undone when the result is stored. A code becomes a 16-bit float
+without a conversion: ``code | 0x4300`` are the bits of bf16(128 + code), ``code | 0x6400`` those of
+f16(1024 + code); subtracting 128 + zero or 1024 + zero is exact. TMA brings the words into shared
+memory swizzled, so that these reads meet no bank conflict.
 
 Work is cut along K as well ("stream-K", Osama et al., 2023, arXiv:2301.03598): the (tile, step)
 pairs are dealt to the programs in equal runs. A program that holds only part of a tile's steps
@@ -45,6 +44,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ctconvert.runtime.kernels._common import device_guard, multiprocessors
 from ctconvert.runtime.kernels.fake_quant_triton import (
     INTERPRETED,
+    fake_quant,
     fake_quant_tile,
     load_scale,
     narrow,
@@ -107,7 +107,7 @@ MULTIPLY_BF16_FMA = tl.constexpr(
 def _unpack(low, high, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """Words [...] of rows k and k + 1 -> [..., half, row, bits of j]: 16 / BITS codes a half word.
 
-    With PTX: DTYPE, _bias + code; without: the codes, as int32.
+    With PTX: DTYPE, code + 128 (bf16), + 1024 (f16) or + 0 (bf16, 8 bits); else int32, the code.
     """
     AXIS: tl.constexpr = len(low.shape)
     half = tl.arange(0, 2)
@@ -457,32 +457,49 @@ class Dense:
 
 Config = Tiles | Dense
 
+#: The fewest rows of x in a tensor-core product: Triton 3.4 takes 16 or more.
+FEWEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
+
 
 def select(m: int, n: int, k: int, bits: int, group_size: int, multiprocessors: int) -> Config:
-    """The kernel and its tiles for one problem.
+    """The kernel and its tiles for one problem on a Hopper GPU.
 
     Measured for 4 bits, groups of 128, bf16 on an H200 (132 multiprocessors); other bit widths keep
-    the width of the tile, other devices the shape of the choice.
+    the width of the tile.
     """
     part = next((p for p in (128, 64, 32, 16) if group_size % p == 0), 0)
     wide_n = n >= 128 * multiprocessors
     if not part or m > (768 if wide_n else 384):
         return Dense()
-    narrow, wide = {2: (2, 2), 4: (2, 4), 8: (4, 4)}[bits]  # 128 and 256 columns; at least 4 warps
+    narrow, wide = {2: (2, 2), 4: (2, 4), 8: (4, 4)}[bits]  # 128 and 256 columns where they fit
     if m <= 8:
-        return Tiles(8, wide, part, 1, 4, 3, 3 if wide_n or k <= 4096 else 2, True)
+        programs = 3 if wide_n or k <= 4096 else 2
+        return Tiles(FEWEST_ROWS, wide, part, 1, 4, 3, programs, True)
     if m <= 16:
         if not wide_n and k <= 4096 and bits == 4:
             return Tiles(16, wide, part, 1, 8, 4, 1, True)
         return Tiles(16, wide, part, 1, 4, 4 if wide_n else 3, 2, True)
+    half = min(part, 64)  # for the tiles that fill the registers
+    if bits == 2 and m > 32:
+        return Tiles(64, narrow, half, 1, 4, 3, 0 if wide_n else 2, False)
     if m <= 64:
         return Tiles(32 if m <= 32 else 64, narrow, part, 1, 4, 3, 0 if wide_n else 2, False)
-    half = min(part, 64)
     if _ceil_div(n, 128) * _ceil_div(m, 128) >= 2 * multiprocessors:
         return Tiles(128, narrow, half, 1, 4, 3, 0, False)
     if n * k >= 1 << 25 and bits == 4:
         return Tiles(128, wide, half, 2, 8, 3, 1, False)
     return Tiles(64, narrow, part, 1, 4, 3, 2, False)
+
+
+def select_elsewhere(m: int, group_size: int, bits: int) -> Config:
+    """The same for any other device, in at most 64 KiB of shared memory; not measured."""
+    part = next((p for p in (64, 32, 16) if group_size % p == 0), 0)
+    if not part or m > 256:
+        return Dense()
+    narrow, wide = {2: (2, 2), 4: (2, 4), 8: (4, 4)}[bits]
+    if m <= 16:
+        return Tiles(16, wide, part, 1, 4, 2, 2, True)
+    return Tiles(32 if m <= 32 or bits == 2 else 64, narrow, part, 1, 4, 2, 2, False)
 
 
 class _Counters:
@@ -580,12 +597,14 @@ def gemm(
     if out.numel() == 0:
         return out
     sms = _multiprocessors(x.device)
+    ptx = _ptx(x.device)
     if config is None:
-        config = select(m, n, k, bits, group_size, sms)
-        if qweight.numel() >= 1 << 31:  # the other two index words with 32 bits
+        if qweight.numel() >= 1 << 31:  # the fused kernel indexes words with 32 bits
             config = Dense()
-    from ctconvert.runtime.kernels.fake_quant_triton import fake_quant
-
+        elif ptx == 90:
+            config = select(m, n, k, bits, group_size, sms)
+        else:
+            config = select_elsewhere(m, group_size, bits)
     if isinstance(config, Dense):
         if input_scale is not None:
             x = fake_quant(x, input_scale)
@@ -617,7 +636,6 @@ def gemm(
         counters = _COUNTERS.get(x.device, tiles)
     if scales.data_ptr() % 4:  # a view into a larger buffer: scales are read in pairs
         scales = scales.clone()
-    ptx = _ptx(x.device)
     if tma is None:
         tma = ptx >= 90 and _tma(x) and _tma(qweight)
     with device_guard(x):
