@@ -130,7 +130,11 @@ class Comparison:
     def _compare_bytes(
         self, made: TensorEntry, sources: list[TensorEntry], stop: threading.Event
     ) -> None:
-        if made.nbytes != total_bytes(sources) or made.spec.dtype != sources[0].spec.dtype:
+        expected = sources[0].spec
+        if len(sources) > 1:
+            rows = sum(source.spec.shape[0] for source in sources)
+            expected = TensorSpec(expected.dtype, (rows, *expected.shape[1:]))
+        if made.spec != expected:
             raise VerificationError(f"tensor {made.name}: {made.spec} is not the source's")
         position = 0
         for source in sources:

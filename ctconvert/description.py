@@ -24,6 +24,8 @@ from ctconvert.specs import TensorSpec, WeightSpec
 #: Tensors that show a module's weight is quantised, whatever the config says.
 _EVIDENCE = frozenset({"weight_packed", "weight_scale", "compressed", "weight_global_scale"})
 _QUANTISED_DTYPES = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2"})
+#: How names of packed codes end in conventions that are not compressed-tensors'.
+_PACKED_ENDINGS = ("_packed", "_blocks", "_bitmask", "_compressed", ".qweight")
 #: Tensors that may stand beside a quantised weight and are no part of it.
 _BESIDE = frozenset({"bias", "k_scale", "v_scale", "q_scale"})
 
@@ -132,6 +134,12 @@ def describe(source: Source) -> Description:
             modules[name] = _module(settings, name, schemes[name], entries, metadata)
         else:
             plain |= {entry.name: entry for entry in entries.values()}
+    _check_plain(plain)
+    if rotated := settings.transforms_elsewhere(modules, grouped):
+        for found in modules.values():
+            found.reason = found.reason or (
+                f"transform_config also rotates {rotated} at run time, which no layout carries"
+            )
     return Description(source, settings, modules, plain, _oddities(source, settings, modules))
 
 
@@ -153,11 +161,8 @@ def _scheme_of(
     """
     weight = entries.get("weight")
     evidence = _evidence(entries)
-    guess = guess_class(name)
-    scheme = settings.scheme_of(name, guess)
     if evidence:
-        if scheme is None:  # the class was only guessed from the name
-            scheme = settings.scheme_of(name, "Linear" if guess == "Embedding" else "Embedding")
+        scheme = settings.scheme_of_quantised(name)
         if scheme is None:
             raise BadInputError(
                 f"module {name}: holds {', '.join(evidence)}, but no target of the "
@@ -165,6 +170,7 @@ def _scheme_of(
                 "config and the tensors contradict each other"
             )
         return scheme
+    scheme = settings.scheme_of(name, guess_class(name))
     if scheme is None or weight is None or len(weight.spec.shape) != 2:
         return None
     if scheme.scheme is not None and scheme.scheme.weights is None:
@@ -210,6 +216,10 @@ def _module(
         count = weight.shape[0]
         module.stacked_experts = True
     embedding = _is_embedding(settings, name, scheme)
+    for few in METADATA_NAMES & entries.keys():
+        if entries[few].name not in metadata:
+            module.reason = f"{few} is {entries[few].spec}, expected a few elements"
+            return module
     for index in range(count or 1):
         local = _slice_expert(entries, metadata, index, count) if count else entries
         values = {
@@ -242,7 +252,14 @@ def _module(
     beside = _BESIDE | ({"output_scale"} if settings.kv_cache else set())
     module.beside = [key for key in entries if key not in owned and key in beside]
     unknown = [key for key in entries if key not in owned and key not in beside]
-    if unknown:
+    shared = [
+        key
+        for key in module.experts[0].entries
+        if count and entries[key].name not in metadata and entries[key].spec.shape[:1] != (count,)
+    ]
+    if shared:
+        module.reason = f"its experts share {', '.join(shared)}; every expert needs one of its own"
+    elif unknown:
         module.reason = (
             f"holds {', '.join(unknown)}, which its scheme ({spec.label}) does not explain"
         )
@@ -253,6 +270,16 @@ def _module(
             "transform_config rotates its inputs or outputs at run time, which no layout carries"
         )
     return module
+
+
+def _check_plain(plain: dict[str, TensorEntry]) -> None:
+    """Raises BadInputError for what looks packed and is named in a way no format here uses."""
+    for name, entry in plain.items():
+        if name.endswith(_PACKED_ENDINGS) and entry.spec.dtype in ("I32", "U8", "I8"):
+            raise BadInputError(
+                f"tensor {name}, {entry.spec}, looks like packed codes, but no compressed-tensors "
+                "format names them so; ctconvert would copy what it should convert"
+            )
 
 
 def _is_embedding(settings: QuantizationSettings, name: str, scheme: ModuleScheme) -> bool:

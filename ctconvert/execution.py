@@ -26,6 +26,7 @@ from ctconvert.errors import BadInputError, ConversionError, UsageError
 from ctconvert.memory import memory_of, work_bytes
 from ctconvert.planning import ModulePlan, Plan, index_of, summarise
 from ctconvert.progress import Progress
+from ctconvert.quantization import with_config
 from ctconvert.specs import QuantizedWeight, TensorSpec
 from ctconvert.stacking import stack
 from ctconvert.streaming import Copy, Stream, Work
@@ -287,13 +288,7 @@ def output_config(plan: Plan) -> dict[str, Any]:
     }
     if plan.kept:
         ours["unconverted"] = [refusal.module for refusal in plan.kept]
-    key = "quantization_config"
-    if not plan.description.source.config.get(key):
-        key = "compression_config"
-    return {
-        name: ours if name == key else value
-        for name, value in plan.description.source.config.items()
-    }
+    return with_config(plan.description.source.config, settings.path, ours)
 
 
 def output_manifest(

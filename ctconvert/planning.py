@@ -318,9 +318,11 @@ def _fuse(
 def _plan_fused(name: str, modules: Sequence[Module], options: Options) -> ModulePlan | str:
     if any(module.reason for module in modules):
         return "a part of it has no layout"
-    counts = {len(module.experts) for module in modules}
+    counts = {(module.stacked_experts, len(module.experts)) for module in modules}
     if len(counts) > 1:
         return "its parts have different numbers of experts"
+    if modules[0].stacked_experts and any(module.beside for module in modules):
+        return "its experts have a bias each, which is not joined"
     units = [list(parts) for parts in zip(*(module.experts for module in modules), strict=True)]
     for parts in units:
         specs = [part.spec for part in parts]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,37 @@ class ModuleScheme:
     sparse: bool = False
 
 
+#: Where a config.json may hold the quantisation: multimodal models nest it.
+CONFIG_PATHS = (
+    ("quantization_config",),
+    ("compression_config",),
+    ("text_config", "quantization_config"),
+    ("text_config", "compression_config"),
+)
+
+
+def _at(config: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def with_config(config: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of a config.json with the quantisation at ``path`` replaced."""
+    key, *rest = path
+    inner = with_config(config[key], rest, value) if rest else value
+    return {name: inner if name == key else old for name, old in config.items()}
+
+
+def config_of_method(config: Mapping[str, Any], method: str) -> tuple[tuple[str, ...], Any] | None:
+    """Where a config.json holds a quantisation of ``method``, and what it is."""
+    for path in CONFIG_PATHS:
+        found = _at(config, path)
+        if isinstance(found, dict) and found.get("quant_method") == method:
+            return path, found
+    return None
+
+
 def guess_class(module: str) -> str:
     """``Embedding`` or ``Linear``: a checkpoint does not hold class names, so names decide."""
     return "Embedding" if _EMBEDDING_LEAVES.match(module.rpartition(".")[2]) else "Linear"
@@ -100,6 +131,7 @@ class QuantizationSettings:
 
     source: dict[str, Any]
     where: str
+    path: tuple[str, ...] = ("quantization_config",)
     format: str | None = None
     version: tuple[int, ...] | None = None
     ignore: list[str] = field(default_factory=list)
@@ -121,8 +153,9 @@ class QuantizationSettings:
             BadInputError: no quantization_config, another quant_method, an unknown format or
                 a scheme that compressed-tensors does not accept.
         """
-        raw = config.get("quantization_config") or config.get("compression_config")
-        if raw is None:
+        path = next((path for path in CONFIG_PATHS if _at(config, path)), None)
+        raw = None if path is None else _at(config, path)
+        if path is None or raw is None:
             raise BadInputError(
                 f"{where}: no quantization_config, so this is not a compressed-tensors "
                 "checkpoint; quantise it first, for instance with llm-compressor"
@@ -139,7 +172,7 @@ class QuantizationSettings:
                 f"{where}: quant_method is {method!r}, and ctconvert reads compressed-tensors "
                 f"only; {hint}"
             )
-        settings = cls(source=raw, where=where)
+        settings = cls(source=raw, where=where, path=path)
         settings._parse()
         return settings
 
@@ -287,6 +320,20 @@ class QuantizationSettings:
             )
         return ModuleScheme(stored, scheme, target, actorder_group, sparse)
 
+    def scheme_of_quantised(self, name: str) -> ModuleScheme | None:
+        """:meth:`scheme_of` for a module that holds quantised tensors: its class is only guessed.
+
+        A name that does not say which may be the other class, but a table is never made of what is
+        by its name a linear layer.
+        """
+        guess = guess_class(name)
+        found = self.scheme_of(name, guess)
+        if found is None and guess == "Embedding":
+            return self.scheme_of(name, "Linear")
+        if found is None and not looks_linear(name):
+            return self.scheme_of(name, "Embedding")
+        return found
+
     @cached_property
     def transform_targets(self) -> list[tuple[list[str], list[str]]]:
         """(targets, ignore) of every transform (Hadamard or other rotation) in transform_config."""
@@ -307,6 +354,31 @@ class QuantizationSettings:
                     )
                 )
         return found
+
+    def transforms_elsewhere(self, quantised: Iterable[str], modules: Iterable[str]) -> str | None:
+        """A transform target that means more than quantised modules, or nothing that is known.
+
+        Args:
+            quantised: names of the quantised modules.
+            modules: names of all modules that hold tensors.
+        """
+        known = set(quantised)
+        others = {name for name in modules if name not in known}
+        for name in [*known, *others]:  # attention modules, layers: they hold no tensors themselves
+            while name:
+                name = name.rpartition(".")[0]
+                others.add(name)
+        others -= known
+        for targets, ignore in self.transform_targets:
+            for target in targets:
+
+                def hit(name: str, target: str = target, ignore: list[str] = ignore) -> bool:
+                    cls = guess_class(name) if name in known else None
+                    return _match(target, name, cls) and not _any_match(ignore, name, cls)
+
+                if any(map(hit, others)) or not any(map(hit, known)):
+                    return target
+        return None
 
     def transformed(self, name: str, cls: str) -> bool:
         """Whether a transform_config entry touches the module."""

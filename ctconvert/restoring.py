@@ -25,7 +25,7 @@ from ctconvert.formats.base import ModuleTensors
 from ctconvert.memory import Memory
 from ctconvert.planning import ModulePlan, index_of, split
 from ctconvert.progress import Progress
-from ctconvert.quantization import QuantizationSettings, guess_class
+from ctconvert.quantization import QuantizationSettings, config_of_method, with_config
 from ctconvert.specs import TensorSpec
 from ctconvert.stacking import stacked_spec
 from ctconvert.streaming import Copy, Stream, Work
@@ -141,10 +141,7 @@ def recorded_part(
             elif local not in values:
                 unit[local] = TensorSpec(spec.dtype, spec.shape[1:])
     handler = formats.get(record["format"])
-    guess = guess_class(name)
-    scheme = settings.scheme_of(name, guess) or settings.scheme_of(
-        name, "Linear" if guess == "Embedding" else "Embedding"
-    )
+    scheme = settings.scheme_of_quantised(name)
     if handler is None or scheme is None:
         raise VerificationError(
             f"module {name}: config.json no longer says how it was quantised; the output's "
@@ -169,11 +166,9 @@ def restored_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     config = json.loads(path.read_bytes())
-    for key in ("quantization_config", "compression_config"):
-        ours = config.get(key)
-        if isinstance(ours, dict) and ours.get("quant_method") == "ctconvert":
-            config[key] = ours["source"]
-            return dict(config)
+    if found := config_of_method(config, "ctconvert"):
+        place, ours = found
+        return with_config(config, place, ours["source"])
     raise VerificationError(f"{path}: no quantization_config of ctconvert")
 
 

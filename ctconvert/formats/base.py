@@ -104,6 +104,12 @@ class Format(ABC):
         """The inverse of :meth:`decode` but for the metadata tensors (shapes, side scales)."""
 
 
+def check_not_empty(tensors: ModuleTensors, n: int, k: int) -> None:
+    """Raises BadInputError for a weight without elements."""
+    if n < 1 or k < 1:
+        raise tensors.error(f"its weight is [{n}, {k}], which has no elements")
+
+
 def storage_of(scheme: ModuleScheme, tensors: ModuleTensors) -> dict[str, Any]:
     """The fields of a :class:`WeightSpec` that every INT or FP8 format fills alike."""
     args = scheme.scheme.weights if scheme.scheme else None
@@ -175,7 +181,13 @@ def side_scales(
                 raise tensors.error(
                     f"{zero_name} is {tensors.specs[zero_name]}, expected one element"
                 )
-            zero_points.append((zero_name, int(tensors.values[zero_name][0])))
+            (zero,) = tensors.values[zero_name]
+            if zero != int(zero):
+                raise tensors.error(f"{zero_name} is {zero}, not a whole number")
+            if args.type == "int":
+                zero_points.append((zero_name, int(zero)))
+            elif zero != 0:
+                raise tensors.error(f"{zero_name} is {zero}, but FP8 values have no zero point")
         elif not args.symmetric:
             tensors.need(zero_name)
     return tuple(side), tuple(zero_points)

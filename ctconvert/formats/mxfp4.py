@@ -15,7 +15,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ctconvert.formats.base import Format, ModuleTensors, decode_side, scale_spec, storage_of
+from ctconvert.formats.base import (
+    Format,
+    ModuleTensors,
+    check_not_empty,
+    decode_side,
+    scale_spec,
+    storage_of,
+)
 from ctconvert.quantization import ModuleScheme
 from ctconvert.specs import QuantizedWeight, WeightSpec
 
@@ -41,6 +48,7 @@ class MXFP4Packed(Format):
             raise tensors.error("FP4 codes have no zero points, but the config says asymmetric")
         packed = tensors.check("weight_packed", ("U8",), rank=2)
         n, k = packed.shape[0], 2 * packed.shape[1]
+        check_not_empty(tensors, n, k)
         scale_dtype, scale_shape = scale_spec(tensors, fields, n, k, ("U8", "F8_E8M0"))
         return WeightSpec(
             format=self.name,

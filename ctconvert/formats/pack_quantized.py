@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from ctconvert.formats.base import (
     Format,
     ModuleTensors,
+    check_not_empty,
     check_scale,
     decode_side,
     scale_spec,
@@ -90,11 +91,12 @@ class PackQuantized(Format):
         if shape.shape not in ((2,), (2, 1)):
             raise tensors.error(f"weight_shape is {shape}, expected two elements")
         n, k = (int(value) for value in tensors.values["weight_shape"])
-        if n != packed.shape[0] or k <= 0:
+        if n != packed.shape[0] or k < 0:
             raise tensors.error(
                 f"weight_shape says [{n}, {k}], but weight_packed is {packed}; one of the two "
                 "is wrong"
             )
+        check_not_empty(tensors, n, k)
         packing = _packing(tensors, packed.shape[1], k, bits)
         scale_dtype, scale_shape = scale_spec(tensors, fields, n, k)
         g_idx = "weight_g_idx" in tensors.specs
@@ -136,7 +138,7 @@ class PackQuantized(Format):
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
         import torch
 
-        from ctconvert.transforms.packed import unpack
+        from ctconvert.transforms.packed import pack, unpack
 
         assert spec.scale_shape is not None
         scale = tensors["weight_scale"].reshape(spec.scale_shape)
@@ -145,16 +147,25 @@ class PackQuantized(Format):
         zero_point = None
         if not spec.symmetric:
             packed = tensors["weight_zero_point"].t().contiguous()
-            zero_point = unpack(packed, spec.bits, spec.n, spec.packing).t().contiguous()
+            codes = unpack(packed, spec.bits, spec.n, spec.packing)
+            if not torch.equal(pack(codes, spec.bits, spec.packing), packed):
+                raise ValueError("weight_zero_point holds bits behind its last code")
+            zero_point = codes.t().contiguous()
         g_idx = None
         if spec.has_g_idx:
-            g_idx = tensors["weight_g_idx"].to(torch.int32)
-            low, high = (int(bound) for bound in g_idx.aminmax())
+            stored = tensors["weight_g_idx"]
+            low, high = (int(bound) for bound in stored.aminmax())
+            if low == high == -1:
+                raise ValueError(
+                    "weight_g_idx is -1 throughout: act-order was asked for and never applied; "
+                    "remove actorder from the config and the weight_g_idx tensors"
+                )
             if low < 0 or high >= spec.groups:
                 raise ValueError(
                     f"weight_g_idx holds {low if low < 0 else high}, outside the "
                     f"{spec.groups} scale groups"
                 )
+            g_idx = stored.to(torch.int32)
         return QuantizedWeight(
             spec,
             codes=tensors["weight_packed"],

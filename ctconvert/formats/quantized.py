@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ctconvert.formats.base import (
     Format,
     ModuleTensors,
+    check_not_empty,
     check_scale,
     decode_side,
     scale_spec,
@@ -42,6 +43,7 @@ class _Quantized(Format):
             raise tensors.error(f"the config says {kind}{bits}, which {self.name} does not store")
         element = "I8" if kind == "int" else "F8_E4M3"
         n, k = tensors.check("weight", (element,), rank=2).shape
+        check_not_empty(tensors, n, k)
         scale_dtype, scale_shape = scale_spec(tensors, fields, n, k)
         if not fields["symmetric"]:
             zero = tensors.check("weight_zero_point", ("I8",))

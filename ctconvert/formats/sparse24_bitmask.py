@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ctconvert.formats.base import (
     Format,
     ModuleTensors,
+    check_not_empty,
     check_scale,
     decode_side,
     scale_spec,
@@ -62,6 +63,7 @@ class Sparse24Bitmask(Format):
         if shape.shape not in ((2,), (2, 1)):
             raise tensors.error(f"shape is {shape}, expected two elements")
         n, k = (int(value) for value in tensors.values["shape"])
+        check_not_empty(tensors, n, k)
         if k % 4 or compressed.shape != (n, k // 2) or bitmask.shape != (n, -(-k // 8)):
             raise tensors.error(
                 f"shape says [{n}, {k}], but compressed is {compressed} and bitmask {bitmask}; "

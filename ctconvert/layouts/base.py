@@ -74,6 +74,17 @@ def decode_side(tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> dict[s
     return {name: tensors[name].to(torch_dtype(dtype)) for name, dtype in spec.side}
 
 
+def symmetric_activations(spec: WeightSpec) -> Support:
+    """For kernels whose static activations have no zero point: it must not be lost."""
+    for name, value in spec.side_zero_points:
+        if value != 0:
+            return Support(
+                f"its {name} is {value} and the kernel's activations are symmetric; the zero "
+                "point would be ignored"
+            )
+    return Support()
+
+
 def weight_only(spec: WeightSpec) -> Support:
     """What every weight-only INT layout asks of a scheme, whatever its shapes."""
     if spec.embedding:
@@ -82,12 +93,8 @@ def weight_only(spec: WeightSpec) -> Support:
         return Support(
             f"scheme {spec.family} ({spec.label}) is not weight-only INT", other_kind=True
         )
-    for name, value in spec.side_zero_points:
-        if value != 0:
-            return Support(
-                f"its {name} is {value} and the kernel's activations are symmetric; the zero "
-                "point would be ignored"
-            )
+    if not (activations := symmetric_activations(spec)):
+        return activations
     if spec.strategy not in ("channel", "group"):
         return Support(f"scale strategy {spec.strategy} is not channel-wise or grouped")
     return Support()

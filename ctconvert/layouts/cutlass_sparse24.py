@@ -21,7 +21,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs
+from ctconvert.layouts.base import (
+    Layout,
+    decode_side,
+    encode_side,
+    side_specs,
+    symmetric_activations,
+)
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -52,6 +58,8 @@ class CutlassSparse24(Layout):
         if spec.input_type != spec.element:
             have = spec.activations or "16-bit activations"
             return Support(f"{spec.element} weights need activations of that type, not {have}")
+        if not (activations := symmetric_activations(spec)):
+            return activations
         if not spec.input_symmetric:
             return Support("asymmetric activations, whose zero point the kernel would ignore")
         if any(name != "input_scale" for name, _ in spec.side):

@@ -50,6 +50,8 @@ class ScaledMM(Layout):
             )
         if spec.block is not None and spec.block != BLOCK:
             return Support(f"scale blocks of {spec.block[0]} x {spec.block[1]}; it takes 128 x 128")
+        if not spec.input_symmetric and not spec.side:
+            return Support("asymmetric dynamic activations, whose zero points no kernel here makes")
         for name, value in spec.side_zero_points:
             if not -128 <= value <= 127:
                 return Support(f"{name} is {value}, which is no INT8 value")

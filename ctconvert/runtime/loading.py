@@ -15,7 +15,7 @@ from torch import nn
 from ctconvert import device as devices
 from ctconvert.comparison import find_layout
 from ctconvert.errors import ConversionError, UsageError
-from ctconvert.quantization import QuantizationSettings
+from ctconvert.quantization import QuantizationSettings, config_of_method, with_config
 from ctconvert.restoring import recorded_part, restored_config
 from ctconvert.runtime.bindings import Binding
 from ctconvert.runtime.modules import FusedPart, KernelEmbedding, KernelLinear, TiedHead
@@ -147,8 +147,9 @@ def load_model(
     output = Output(Path(out))
     place = devices.resolve(device)
     raw = json.loads((output.folder / "config.json").read_bytes())
+    if found := config_of_method(raw, "ctconvert"):
+        raw = with_config(raw, found[0], None)
     raw.pop("quantization_config", None)
-    raw.pop("compression_config", None)
     if "model_type" not in raw:
         raise UsageError(
             f"{output.folder / 'config.json'}: no model_type, so no transformers model"
