@@ -183,8 +183,8 @@ def _scheme_of(
             return None
     raise BadInputError(
         f"module {name}: the config says {scheme.format} (target {scheme.target!r}), but its "
-        f"weight is dense, {weight.spec}; list it in quantization_config.ignore if it is meant "
-        "to be unquantised"
+        f"weight is dense, {weight.spec}; list it in quantization_config.ignore, under "
+        "this very name, if it is meant to be unquantised"
     )
 
 

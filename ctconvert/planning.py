@@ -384,7 +384,7 @@ def split(units: Sequence[Mapping[str, TensorSpec]], limit: int) -> list[Shard]:
     seen: set[str] = set()
     size = 0
     for outputs in units:
-        if clash := seen & outputs.keys():
+        if clash := [name for name in outputs if name in seen]:
             raise BadInputError(
                 f"two tensors of the output would be named {min(clash)}; the source already "
                 "holds one of that name"
