@@ -389,7 +389,7 @@ def split(units: Sequence[Mapping[str, TensorSpec]], limit: int) -> list[Shard]:
                 f"two tensors of the output would be named {min(clash)}; the source already "
                 "holds one of that name"
             )
-        seen |= outputs.keys()
+        seen.update(outputs)
         nbytes = sum(spec.nbytes for spec in outputs.values())
         if groups[-1] and size + nbytes > limit:
             groups.append({})
