@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from ctconvert import layouts
+from ctconvert.budget import Budget
 from ctconvert.checkpoint.header import TensorEntry
 from ctconvert.checkpoint.source import Reader, Source
 from ctconvert.description import describe, total_bytes
@@ -16,6 +17,7 @@ from ctconvert.dtypes import same_bits
 from ctconvert.errors import VerificationError
 from ctconvert.execution import decode_part, first_difference
 from ctconvert.layouts import Layout
+from ctconvert.memory import Memory, comparison_bytes
 from ctconvert.planning import ModulePlan
 from ctconvert.progress import Progress
 from ctconvert.specs import QuantizedWeight, TensorSpec
@@ -44,9 +46,11 @@ class Comparison:
         self.progress = progress
         self.work: list[Callable[[threading.Event], None]] = []
         self.description = describe(source)
+        largest = 0
         covered: set[str] = set()
         for name in output.manifest["modules"]:
             item = self._module(name)
+            largest = max(largest, comparison_bytes(item))
             covered |= {entry.name for part in item.parts for entry in part.entries.values()}
             for local, entries in item.beside.items():
                 covered |= {entry.name for entry in entries}
@@ -65,6 +69,7 @@ class Comparison:
                 f"tensor {min(missing)} of {source.files.where} has no place in the output"
             )
         self.total = total_bytes(source.tensors.values())
+        self.budget = Budget(Memory.of(0, largest).work)
 
     def _module(self, name: str) -> ModulePlan:
         record = self.output.manifest["modules"][name]
@@ -102,30 +107,31 @@ class Comparison:
         return ModulePlan(name, layout, spec, units, stacked, outputs, beside)
 
     def _compare_module(self, item: ModulePlan, stop: threading.Event) -> None:
+        for index in range(len(item.units)):
+            with self.budget.hold(comparison_bytes(item)):
+                if stop.is_set():
+                    return
+                self._compare_unit(item, index)
+
+    def _compare_unit(self, item: ModulePlan, index: int) -> None:
         cpu = torch.device("cpu")
-        for index, parts in enumerate(item.units):
-            if stop.is_set():
-                return
-            encoded = {
-                name.rpartition(".")[2]: self.made.tensor(
-                    unit_entry(self.output.tensors[name], index, item.stacked_experts)
+        encoded = {
+            name.rpartition(".")[2]: self.made.tensor(
+                unit_entry(self.output.tensors[name], index, item.stacked_experts)
+            )
+            for name in item.outputs
+        }
+        decoded = decode_output(item.name, item.layout, encoded, item, cpu)
+        del encoded
+        for part, found in zip(item.units[index], decoded, strict=True):
+            tensors = {local: self.original.tensor(entry) for local, entry in part.entries.items()}
+            want = decode_part(part, tensors, cpu)
+            if wrong := first_difference(want, found):
+                where = f" (expert {index})" if item.stacked_experts else ""
+                raise VerificationError(
+                    f"module {item.name}{where}: {wrong} of {part.module} differs from the source's"
                 )
-                for name in item.outputs
-            }
-            decoded = decode_output(item.name, item.layout, encoded, item, cpu)
-            del encoded
-            for part, found in zip(parts, decoded, strict=True):
-                tensors = {
-                    local: self.original.tensor(entry) for local, entry in part.entries.items()
-                }
-                want = decode_part(part, tensors, cpu)
-                if wrong := first_difference(want, found):
-                    where = f" (expert {index})" if item.stacked_experts else ""
-                    raise VerificationError(
-                        f"module {item.name}{where}: {wrong} of {part.module} differs from the "
-                        "source's"
-                    )
-                self.progress.advance(total_bytes(part.entries.values()))
+            self.progress.advance(total_bytes(part.entries.values()))
 
     def _compare_bytes(
         self, made: TensorEntry, sources: list[TensorEntry], stop: threading.Event

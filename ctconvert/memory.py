@@ -50,6 +50,11 @@ def work_bytes(item: ModulePlan) -> int:
     return max(stacking, own + item.output_bytes + logical)
 
 
+def comparison_bytes(item: ModulePlan) -> int:
+    """What comparing an output module with its source holds at its peak."""
+    return item.input_bytes + item.output_bytes + work_bytes(item)
+
+
 def peak_memory(plan: Plan) -> int:
     """An upper estimate of a conversion's private memory, in bytes."""
     memory = memory_of(plan)

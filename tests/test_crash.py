@@ -756,18 +756,19 @@ MIB = 1 << 20
 BIG = (4096, 4096)
 
 
-def write_sparse_model(folder: Path, modules: int, plain: int) -> int:
+def write_sparse_model(folder: Path, modules: int, plain: int, shape: tuple[int, int] = BIG) -> int:
     """A checkpoint that takes next to no disk: codes and scales are zeros, in holes of the file.
 
     Args:
         folder: the directory to make.
-        modules: how many int4 modules of 8.5 MB.
+        modules: how many int4 modules.
         plain: bytes of one tensor that is not quantised.
+        shape: N and K of a module.
 
     Returns:
         the bytes of all tensors.
     """
-    n, k = BIG
+    n, k = shape
     header: dict[str, Any] = {}
     position = 0
     shapes = []
@@ -798,10 +799,10 @@ def write_sparse_model(folder: Path, modules: int, plain: int) -> int:
     return position
 
 
-def peak_of(model: Path, out: Path, *options: str) -> int:
-    """The most anonymous memory that a conversion, started as a user does, ever has."""
+def peak_of(*command: str | Path) -> int:
+    """The most anonymous memory that a command, started as a user does, ever has."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "ctconvert", "repack", str(model), str(out), *options],
+        [sys.executable, "-m", "ctconvert", *map(str, command)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -832,15 +833,31 @@ def test_memory_is_bounded_by_the_largest_module_not_by_the_checkpoint(tmp_path:
     assert total >= 8 * (4 * largest) and total > 600_000_000
     target = ("--target", "triton")
     options = (*target, "--max-shard-size", "200MB", "--workers", "8")  # more workers hold more
-    baseline = peak_of(tmp_path / "tiny", tmp_path / "tiny-out", *target)
+    baseline = peak_of("repack", tmp_path / "tiny", tmp_path / "tiny-out", *target)
     plan = json.loads(run("repack", tmp_path / "big", *target, "--dry-run", "--json").stdout)
     for more in (["--no-verify"], []):
-        peak = peak_of(tmp_path / "big", tmp_path / "out", *options, *more)
+        peak = peak_of("repack", tmp_path / "big", tmp_path / "out", *options, *more)
         shutil.rmtree(tmp_path / "out")
         assert peak < 1024 * MIB + 4 * largest
         assert peak - baseline < 256 * MIB + 4 * largest
         assert peak <= plan["peak_memory_bytes"]
     shutil.rmtree(tmp_path / "big")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs smaps_rollup")
+def test_comparing_and_restoring_are_bounded_too(tmp_path: Path) -> None:
+    n, k = 8192, 16384
+    largest = n * k // 2 + n * k // 64 + 16
+    source, out = tmp_path / "big", tmp_path / "out"
+    write_sparse_model(source, 10, 1000, (n, k))
+    assert run("repack", source, out, "--target", "triton").code == 0
+    for command in (
+        ("verify", out, "--against", source),
+        ("restore", out, tmp_path / "back"),
+    ):
+        assert peak_of(*command, "--workers", "8") < 1024 * MIB + 4 * largest
+        shutil.rmtree(tmp_path / "back", ignore_errors=True)
+    shutil.rmtree(out)
 
 
 def test_a_large_side_file_is_not_held_in_memory(
