@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -91,7 +90,7 @@ def execute(
         return _report(plan, out, resumed=len(plan.shards))
     staging.open(resume=resume, overwrite=overwrite)
     try:
-        _check_space(plan, staging)
+        staging.check_space(plan.disk_bytes, plan.shards)
         resumed = _convert(plan, files, staging, device, workers, progress)
         for name, modified in mtimes.items():
             if (files.root / name).stat().st_mtime_ns != modified:
@@ -108,19 +107,6 @@ def execute(
     finally:
         staging.close()
     return _report(plan, out, resumed)
-
-
-def _check_space(plan: Plan, staging: Staging) -> None:
-    done = sum(shard.size for shard in plan.shards if shard.name in staging.shards)
-    need = plan.disk_bytes - done
-    free = shutil.disk_usage(staging.root).free
-    if free < need:
-        if not staging.shards:
-            staging.discard()
-        raise ConversionError(
-            f"{staging.out}: the output needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
-            "free; free some space or choose another place"
-        )
 
 
 class _Convert(Work):

@@ -212,11 +212,13 @@ def restore(
     staging = Staging(dest, _digest(output, shards), {})
     staging.open(resume=resume, overwrite=overwrite)
     try:
+        side = sum(output.sizes[name] for name in _side_files(output))
+        staging.check_space(side + sum(shard.size for shard in shards), shards)
         with Reader(folder) as reader:
             reader.add(name for name in output.manifest["files"] if name.endswith(".safetensors"))
             stream = Stream(reader, staging, _memory(works), device, workers, progress)
             resumed = stream.fill(shards, works, "restoring")
-        side = _finish(output, config, staging, shards)
+        _finish(output, config, staging, shards)
         staging.commit()
     finally:
         staging.close()
@@ -227,7 +229,7 @@ def restore(
         "shards": len(shards),
         "resumed_shards": resumed,
         "output_bytes": sum(shard.size for shard in shards),
-        "side_files": side,
+        "side_files": _side_files(output),
     }
 
 
@@ -257,15 +259,17 @@ def _digest(output: Output, shards: list[Shard]) -> str:
     return hashlib.sha256(json.dumps(["restore", *state]).encode()).hexdigest()
 
 
-def _finish(
-    output: Output, config: dict[str, Any], staging: Staging, shards: list[Shard]
-) -> list[str]:
-    side = [
+def _side_files(output: Output) -> list[str]:
+    """Tokenizer and others, which the conversion had copied."""
+    return [
         name
         for name in output.manifest["files"]
         if not name.endswith(".safetensors") and name not in ("config.json", INDEX, manifest.NAME)
     ]
-    for name in side:
+
+
+def _finish(output: Output, config: dict[str, Any], staging: Staging, shards: list[Shard]) -> None:
+    for name in _side_files(output):
         target = staging.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         write_durably(target, output.files.pieces(name))
@@ -274,4 +278,3 @@ def _finish(
         write_durably(staging.folder / INDEX, index.encode())
     # last: without it the directory is no checkpoint
     write_durably(staging.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    return side

@@ -301,7 +301,7 @@ def test_killed_again_and_again(model: Path, whole: dict[str, str], place: Place
 POINTS: dict[str, tuple[tuple[str, int], bool]] = {
     "nothing made yet": (("ctconvert.checkpoint.staging:Staging._take_lock", 1), False),
     "nothing recorded yet": (("ctconvert.checkpoint.staging:Staging._append", 1), False),
-    "nothing written yet": (("ctconvert.execution:_check_space", 1), False),
+    "nothing written yet": (("ctconvert.checkpoint.staging:Staging.check_space", 1), False),
     "first shard created": (("ctconvert.checkpoint.writer:ShardWriter._write_at", 1), False),
     "inside a shard": (("ctconvert.checkpoint.writer:ShardWriter._write_at", 22), False),
     "shard written, not synced": (("ctconvert.checkpoint.writer:ShardWriter.finish", 5), False),

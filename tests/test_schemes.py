@@ -591,3 +591,17 @@ def test_widths_of_fused_parts_are_recorded(tmp_path: Path) -> None:
         modules = read_json(tmp_path / target / "ctconvert.json")["modules"]
         parts = modules["model.layers.0.self_attn.qkv_proj"]["parts"]
         assert [part["rows"] for part in parts] == [n for _, n, _ in LAYER[:3]]
+
+
+def test_restore_checks_the_disk_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from ctconvert.errors import ConversionError
+
+    out, back = tmp_path / "out", tmp_path / "back"
+    ctconvert.repack(CHECKPOINTS / "smol-w4a16-g64-sym", out, target="cuda", device="cpu")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ConversionError, match=r"needs .* GB and .* are free"):
+        ctconvert.restore(out, back, device="cpu")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}

@@ -12,13 +12,15 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ctconvert.checkpoint import manifest
+from ctconvert.checkpoint.header import Shard
 from ctconvert.checkpoint.writer import cannot_write, fsync_directory
-from ctconvert.errors import UsageError
+from ctconvert.errors import ConversionError, UsageError
 
 _CHECKPOINT, _JOURNAL, _OLD = "checkpoint", "journal.jsonl", "old"
 
@@ -142,6 +144,26 @@ class Staging:
             size += len(line)
         os.truncate(self._journal, size)
         return found
+
+    def check_space(self, need: int, shards: Sequence[Shard]) -> None:
+        """Refuses to begin what the disk cannot hold.
+
+        Args:
+            need: bytes of the whole output.
+            shards: of the output; the finished ones need no more space.
+
+        Raises:
+            ConversionError: the disk has less free than what is still to be written.
+        """
+        need -= sum(shard.size for shard in shards if shard.name in self.shards)
+        free = shutil.disk_usage(self.root).free
+        if free < need:
+            if not self.shards:
+                self.discard()
+            raise ConversionError(
+                f"{self.out}: the output needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
+                "free; free some space or choose another place"
+            )
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self._journal.open("a") as file:

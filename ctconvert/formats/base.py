@@ -74,8 +74,6 @@ class Format(ABC):
 
     #: compressed-tensors' name of the format.
     name: ClassVar[str]
-    #: One line for ``ctconvert layouts`` and the README.
-    holds: ClassVar[str]
     #: The local name of the tensor that holds the codes.
     weight_name: ClassVar[str]
 

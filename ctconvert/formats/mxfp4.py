@@ -34,7 +34,6 @@ _NAN = 255
 
 class MXFP4Packed(Format):
     name = "mxfp4-pack-quantized"
-    holds = "FP4 (E2M1) codes, groups of 32, E8M0 scales"
     weight_name = "weight_packed"
 
     def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:

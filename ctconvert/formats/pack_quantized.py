@@ -74,7 +74,6 @@ def _check_padding(words: torch.Tensor, spec: WeightSpec) -> None:
 
 class PackQuantized(Format):
     name = "pack-quantized"
-    holds = "INT codes of 1 to 8 bits, packed along K"
     weight_name = "weight_packed"
 
     def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:

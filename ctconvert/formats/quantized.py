@@ -105,17 +105,14 @@ class _Quantized(Format):
 
 class IntQuantized(_Quantized):
     name = "int-quantized"
-    holds = "INT codes of at most 8 bits, one i8 each"
     kinds = ("int",)
 
 
 class FloatQuantized(_Quantized):
     name = "float-quantized"
-    holds = "FP8 (e4m3) values"
     kinds = ("float",)
 
 
 class NaiveQuantized(_Quantized):
     name = "naive-quantized"
-    holds = "i8 or FP8 values (older name)"
     kinds = ("int", "float")

@@ -41,7 +41,6 @@ _NEGATIVE_ZERO = -(1 << 15)  # the bits of -0.0 in a 16-bit float, as i16
 
 class Sparse24Bitmask(Format):
     name = "sparse-24-bitmask"
-    holds = "2:4 sparse floats, INT8 or FP8"
     weight_name = "compressed"
 
     def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:
