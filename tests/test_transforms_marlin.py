@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ctconvert.transforms import marlin
+from ctconvert.transforms import marlin, packed
 from ctconvert.transforms.marlin import (
     marlin_pack,
     marlin_pack_zero_points,
@@ -464,6 +464,91 @@ def test_column_kernel_interpreted(bits: int, n: int, k: int) -> None:
     assert torch.equal(kernels.take_columns_triton(words, perm, bits), words_of(codes, bits))
 
 
+@interpreted
+@pytest.mark.parametrize("bits", [4, 8])
+def test_column_kernel_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    kernels = pytest.importorskip("ctconvert.transforms.marlin_triton")
+    monkeypatch.setattr(kernels, "_SCRATCH_BYTES", 1)  # 128 rows a block
+    words = random_words(131, 40, bits)
+    perm = torch.randperm(40, generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    codes = [[row[column] for column in perm.tolist()] for row in codes_of(words, bits)]
+    assert torch.equal(kernels.take_columns_triton(words, perm, bits), words_of(codes, bits))
+
+
+@pytest.fixture
+def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of an accelerator, on the CPU."""
+    monkeypatch.setattr(marlin, "_has_kernels", lambda tensor: True)
+    monkeypatch.setattr(packed, "_has_kernels", lambda tensor: True)
+
+
+@interpreted
+@pytest.mark.usefixtures("on_kernels")
+@pytest.mark.parametrize("channelwise", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_scale_kernel_interpreted(dtype: torch.dtype, channelwise: bool) -> None:
+    test_scales(dtype, channelwise)
+    test_scales_from_a_transposed_view()
+
+
+@interpreted
+@pytest.mark.usefixtures("on_kernels")
+def test_mxfp4_scale_kernel_interpreted() -> None:
+    test_mxfp4_scales()
+    scales = torch.randint(0, 256, (3, 64 * 67), generator=torch.Generator().manual_seed(2))
+    expected = gathered(gathered(scales.tolist(), GROUPED), (0, 2, 1, 3))  # no whole programs
+    assert marlin_permute_mxfp4_scales(scales.to(torch.uint8)).tolist() == expected
+
+
+@interpreted
+@pytest.mark.usefixtures("on_kernels")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_point_kernels_interpreted(bits: int) -> None:
+    test_zero_points(bits, 1)
+    test_zero_points(bits, 5)
+    codes = torch.randint(
+        0, 1 << bits, (3, 64 * 67), generator=torch.Generator().manual_seed(bits)
+    ).to(torch.uint8)
+    rows = gathered(gathered(codes.tolist(), GROUPED), INTERLEAVE[bits])
+    words = marlin_pack_zero_points(codes, bits)
+    assert torch.equal(words, words_of(rows, bits))
+    assert torch.equal(marlin_unpack_zero_points(words, bits), codes)
+
+
+@interpreted
+@pytest.mark.usefixtures("on_kernels")
+def test_zero_point_kernel_refuses() -> None:
+    test_zero_points_pinned()
+    test_zero_points_refused()
+    for column in (0, 63, 127):
+        codes = torch.zeros((2, 128), dtype=torch.uint8)
+        codes[1, column] = 16
+        with pytest.raises(ValueError, match=r"row 1, column \d+: 16 is outside"):
+            marlin_pack_zero_points(codes, 4)
+
+
+@interpreted
+@pytest.mark.usefixtures("on_kernels")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("n", "k", "n_padded", "k_padded"), [(70, 80, 128, 128), (3, 77, 5, 104), (6, 64, 6, 64)]
+)
+def test_pad_kernel_interpreted(bits: int, n: int, k: int, n_padded: int, k_padded: int) -> None:
+    for fill in (0, 9, (1 << bits) - 1):
+        test_pad_words(bits, fill, n, k, n_padded, k_padded)
+
+
+@interpreted
+@pytest.mark.usefixtures("on_kernels")
+def test_kernels_of_nothing() -> None:
+    assert marlin_permute_scales(torch.zeros((0, 64)), channelwise=False).shape == (0, 64)
+    zeros = marlin_pack_zero_points(torch.zeros((3, 0), dtype=torch.uint8), 4)
+    assert zeros.shape == (3, 0)
+    assert marlin_unpack_zero_points(zeros, 4).shape == (3, 0)
+    padded = pad_words(torch.zeros((0, 0), dtype=torch.int32), 4, 0, 0, 2, 8, 3)
+    assert padded.tolist() == [[0x33333333]] * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
@@ -489,22 +574,31 @@ def test_gpu_columns(bits: int, n: int, k: int) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_side_tensors() -> None:
+@pytest.mark.parametrize(("groups", "n"), [(1, 64), (3, 192), (64, 4096), (2048, 20480)])
+def test_gpu_side_tensors(groups: int, n: int) -> None:
     def same(transform: Callable[..., torch.Tensor], tensor: torch.Tensor, *arguments: int) -> None:
         expected = transform(tensor, *arguments)
         assert torch.equal(transform(tensor.cuda(), *arguments).cpu(), expected)
 
-    scales = torch.randn(64, 4096).to(torch.bfloat16)
-    for channelwise in (False, True):
-        same(marlin_permute_scales, scales, channelwise)
-        same(marlin_unpermute_scales, scales, channelwise)
-    raw = torch.randint(0, 256, (128, 4096)).to(torch.uint8)
+    raw = torch.randint(0, 256, (groups, n), dtype=torch.uint8)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        scales = raw.to(dtype) * 3 + 1
+        for channelwise in (False, True):
+            same(marlin_permute_scales, scales, channelwise)
+            same(marlin_unpermute_scales, scales, channelwise)
     same(marlin_permute_mxfp4_scales, raw)
     same(marlin_unpermute_mxfp4_scales, raw)
     for bits in (4, 8):
-        same(marlin_pack_zero_points, raw & ((1 << bits) - 1), bits)
-        same(marlin_unpack_zero_points, raw.view(torch.int32), bits)
-        same(pad_words, random_words(128, 1024, bits), bits, 128, 1024, 192, 1280, 7)
+        codes = raw & ((1 << bits) - 1)
+        same(marlin_pack_zero_points, codes, bits)
+        same(marlin_unpack_zero_points, marlin_pack_zero_points(codes, bits), bits)
+        words = random_words(groups, n, bits)
+        same(pad_words, words, bits, groups, n, groups + 64, n + 128, 7)
+        same(pad_words, words, bits, groups, n - 1, groups, n, 5)
+    codes = raw & 15
+    codes[-1, 7] = 16
+    with pytest.raises(ValueError, match=rf"row {groups - 1}, column \d+: 16 is outside"):
+        marlin_pack_zero_points(codes.cuda(), 4)
 
 
 @pytest.mark.gpu

@@ -342,34 +342,105 @@ def test_transpose_kernel_refuses_ragged_rows() -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_int8_kernels_interpreted(bits: int) -> None:
+def test_transpose_kernel_takes_rows_in_an_order() -> None:
     from ctconvert.transforms import packed_triton
 
-    codes = random_codes(70, 160, bits)  # no multiple of a program's words
-    q = (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
-    words = words_of(codes.tolist(), bits, "dense")
-    for given in (q, codes):
-        found, in_range = packed_triton.pack_int8_triton(given, bits)
-        assert in_range
-        assert torch.equal(found, words)
-    assert torch.equal(packed_triton.unpack_int8_triton(words, bits), q)
-    assert torch.equal(packed_triton.unpack_int8_triton(words, bits, torch.uint8), codes)
+    source = random_words(83, row_words(70, 4))
+    order = torch.randperm(83, generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    expected = transpose_reference(source[order.long()], 4, 70, pad_rows=True)
+    out = torch.full_like(expected, 0x5B)
+    found = packed_triton.transpose_packed_triton(source, 4, 70, True, order=order, out=out)
+    assert found is out
+    assert torch.equal(out, expected)
 
 
 @needs_interpreter
+@pytest.mark.parametrize("packing", ["dense", "padded"])
+@pytest.mark.parametrize("bits", ALL_WIDTHS)
+@pytest.mark.parametrize("shape", [(3, 1), (5, 37), (1, 1100), (9, 64), (2, 100)])
+def test_pack_kernels_interpreted(shape: tuple[int, int], bits: int, packing: str) -> None:
+    from ctconvert.transforms import packed_triton
+
+    codes = random_codes(*shape, bits)
+    words = words_of(codes.tolist(), bits, packing)
+    found, in_range = packed_triton.pack_triton(codes, bits, packing)
+    assert in_range
+    assert torch.equal(found, words)
+    assert torch.equal(packed_triton.unpack_triton(words, bits, shape[1], packing), codes)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_unpack_kernel_ignores_the_unused_bits(bits: int) -> None:
+    from ctconvert.transforms import packed_triton
+
+    words = random_words(5, row_words(37, bits, "padded"))
+    codes = unpack(words, bits, 37, "padded")
+    assert torch.equal(packed_triton.unpack_triton(words, bits, 37, "padded"), codes)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("shape", [(70, 160), (3, 1), (7, 37), (5, 100), (2, 4100)])
+def test_int8_kernels_interpreted(bits: int, shape: tuple[int, int]) -> None:
+    from ctconvert.transforms import packed_triton
+
+    codes = random_codes(*shape, bits)
+    q = (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    words = words_of(codes.tolist(), bits, "dense")
+    unaligned = torch.cat([q.new_zeros(1), q.flatten()])[1:].view(shape)
+    for given in (q, codes, unaligned, q.t().contiguous().t()):
+        found, in_range = packed_triton.pack_triton(given, bits)
+        assert in_range
+        assert torch.equal(found, words)
+    assert torch.equal(packed_triton.unpack_triton(words, bits, shape[1], dtype=torch.int8), q)
+    assert torch.equal(packed_triton.unpack_triton(words, bits, shape[1]), codes)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("k", [160, 157])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_int8_kernel_sees_values_out_of_range(bits: int) -> None:
+def test_int8_kernel_sees_values_out_of_range(bits: int, k: int) -> None:
     from ctconvert.transforms import packed_triton
 
     high = (1 << (bits - 1)) - 1
     for value in (high + 1, -high - 2, 127, -128):
-        q = torch.full((3, 160), -1, dtype=torch.int8)
-        q[2, 157] = value
-        assert not packed_triton.pack_int8_triton(q, bits)[1]
-    codes = torch.zeros(3, 160, dtype=torch.uint8)
-    codes[1, 2] = 1 << bits
-    assert not packed_triton.pack_int8_triton(codes, bits)[1]
+        q = torch.full((3, k), -1, dtype=torch.int8)
+        q[2, k - 3] = value
+        assert not packed_triton.pack_triton(q, bits)[1]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("packing", ["dense", "padded"])
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_pack_kernel_sees_codes_out_of_range(bits: int, packing: str) -> None:
+    from ctconvert.transforms import packed_triton
+
+    for k in (160, 157):
+        for column in (0, 2, k - 1):
+            for value in (1 << bits, 255):
+                codes = torch.zeros(3, k, dtype=torch.uint8)
+                codes[2, column] = value
+                assert not packed_triton.pack_triton(codes, bits, packing)[1]
+
+
+def test_device_path_names_a_code_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    if GPU:
+        pytest.skip("the kernels are compiled here")
+    monkeypatch.setattr(packed, "_has_kernels", lambda tensor: True)
+    for packing in ("dense", "padded"):
+        codes = random_codes(5, 40, 3)
+        words = pack(codes, 3, packing)
+        assert torch.equal(words, words_of(codes.tolist(), 3, packing))
+        assert torch.equal(unpack(words, 3, 40, packing), codes)
+        codes[3, 7] = 8
+        codes[4, 2] = 255
+        with pytest.raises(ValueError, match="row 3, column 7: 8 is outside"):
+            pack(codes, 3, packing)
+    q = torch.zeros(5, 37, dtype=torch.int8)
+    q[4, 36] = 8
+    with pytest.raises(ValueError, match="row 4, column 36: 8 is outside"):
+        pack_int8(q, 4)
 
 
 GPU_SHAPES = [(96, 160), (1000, 776), (4096, 4096), (28672, 8192)]
@@ -398,13 +469,18 @@ def test_ragged_transpose_on_the_gpu(bits: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", ALL_WIDTHS)
-@pytest.mark.parametrize("shape", [(7, 101), *GPU_SHAPES[1:3]])
+@pytest.mark.parametrize("shape", [(7, 101), (1003, 4098), *GPU_SHAPES[1:3], (8192, 9216)])
 def test_pack_and_unpack_on_the_gpu(bits: int, shape: tuple[int, int]) -> None:
     codes = random_codes(*shape, bits)
     for packing in ("dense", "padded"):
         words = pack(codes, bits, packing)
         assert torch.equal(pack(codes.cuda(), bits, packing).cpu(), words)
         assert torch.equal(unpack(words.cuda(), bits, shape[1], packing).cpu(), codes)
+    if bits < 8:
+        found = codes.cuda()
+        found[5, 3] = 255
+        with pytest.raises(ValueError, match="row 5, column 3: 255 is outside"):
+            pack(found, bits)
 
 
 @pytest.mark.gpu

@@ -275,8 +275,10 @@ def marlin_permute_scales(scales: torch.Tensor, channelwise: bool) -> torch.Tens
 
     Raises ValueError unless ``scales`` is 2-D with N a multiple of 64.
     """
-    _check_row_runs(scales, "scales")
+    _check_runs(scales.shape, "scales")
     # Both orders are transposes of equal sides, so each is its own inverse.
+    if _has_kernels(scales):
+        return _reorder(scales, _CHANNELWISE if channelwise else _grouped_then((0,)))
     run = (4, 4, 2) if channelwise else (8, 8)
     return scales.unflatten(1, (-1, *run)).transpose(2, 3).contiguous().flatten(1)
 
@@ -303,6 +305,12 @@ def marlin_unpermute_mxfp4_scales(scales: torch.Tensor) -> torch.Tensor:
     return _reorder(scales, _inverse(_grouped_then((0, 2, 1, 3))))
 
 
+#: The channel-wise order of two runs of 32.
+_CHANNELWISE = [
+    at + 8 * a + 2 * i + e for at in (0, 32) for i in range(4) for a in range(4) for e in range(2)
+]
+
+
 def _grouped_then(order: tuple[int, ...]) -> list[int]:
     """The grouped order of a run of 64, then every run of ``len(order)`` taken in ``order``."""
     grouped = [i + 8 * j for i in range(8) for j in range(8)]
@@ -314,7 +322,11 @@ def _inverse(order: list[int]) -> list[int]:
 
 
 def _reorder(rows: torch.Tensor, order: list[int]) -> torch.Tensor:
-    """u8 [groups, N]: position p of every run of 64 takes what is at order[p] of the run."""
+    """[groups, N]: position p of every run of 64 takes what is at order[p] of the run."""
+    if _has_kernels(rows):
+        from ctconvert.transforms import marlin_triton
+
+        return marlin_triton.reorder_triton(rows, order)
     runs = rows.reshape(-1, TILE_N)
     index = torch.tensor(order, device=rows.device).expand(runs.shape)
     return runs.gather(1, index).view(rows.shape)
@@ -343,8 +355,15 @@ def marlin_pack_zero_points(codes: torch.Tensor, bits: int) -> torch.Tensor:
     _check_bits(bits)
     if codes.dtype != torch.uint8:
         raise ValueError(f"zero points must be torch.uint8 codes, not {codes.dtype}")
-    _check_row_runs(codes, "zero points")
-    return pack(_reorder(codes, _grouped_then(_INTERLEAVE[bits])), bits)
+    _check_runs(codes.shape, "zero points")
+    order = _grouped_then(_INTERLEAVE[bits])
+    if _has_kernels(codes):
+        from ctconvert.transforms import marlin_triton
+
+        words, in_range = marlin_triton.pack_zero_points_triton(codes, order, bits)
+        if in_range:
+            return words
+    return pack(_reorder(codes, order), bits)  # names a code that is not in range
 
 
 def marlin_unpack_zero_points(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -353,9 +372,14 @@ def marlin_unpack_zero_points(words: torch.Tensor, bits: int) -> torch.Tensor:
     Raises ValueError for another dtype, rank or width, or N that is not a multiple of 64.
     """
     _check_words(words, bits)
-    permuted = unpack(words, bits, words.shape[1] * codes_per_word(bits))
-    _check_row_runs(permuted, "zero points")
-    return _reorder(permuted, _inverse(_grouped_then(_INTERLEAVE[bits])))
+    order = _inverse(_grouped_then(_INTERLEAVE[bits]))
+    n = words.shape[1] * codes_per_word(bits)
+    _check_runs((words.shape[0], n), "zero points")
+    if _has_kernels(words):
+        from ctconvert.transforms import marlin_triton
+
+        return marlin_triton.unpack_zero_points_triton(words, order, bits)
+    return _reorder(unpack(words, bits, n), order)
 
 
 #: The order of the codes of a word, as the kernel's conversion to 16-bit floats takes them out.
@@ -373,7 +397,8 @@ def sort_columns(
     ``words`` i32 [N, K/f] and ``g_idx`` i32 [K] to (sorted words i32 [N, K/f], perm i32 [K]), on
     the same device. ``perm`` is the stable argsort of ``g_idx``: column j of the result is column
     perm[j] of the weight. The kernel's own ``g_idx`` is then ``g_idx[perm]``. On the CPU it works
-    on blocks of rows of 256 KiB of codes; on an accelerator it needs nothing beside its output.
+    on blocks of rows of 256 KiB of codes; on an accelerator it needs 32 MiB beside its output, or
+    128 rows where those are more.
 
     Raises ValueError for another dtype, rank or width, or a ``g_idx`` that is not one group a
     column.
@@ -470,6 +495,12 @@ def pad_words(
     if not 0 <= fill_code < 1 << bits:
         raise ValueError(f"fill code {fill_code} is outside 0..{(1 << bits) - 1}")
     fill = _signed(fill_code * _ONES[bits])
+    if _has_kernels(words):
+        from ctconvert.transforms import marlin_triton
+
+        return marlin_triton.pad_words_triton(
+            words.contiguous(), bits, n, k, n_padded, k_padded, fill
+        )
     width = words.shape[1]
     padded = words.new_empty((n_padded, k_padded // f))
     padded[:n, :width] = words
@@ -528,15 +559,15 @@ def _check_tiled(n: int, k: int) -> None:
         )
 
 
-def _check_row_runs(rows: torch.Tensor, name: str) -> None:
-    if rows.dim() != 2 or rows.shape[1] % TILE_N:
+def _check_runs(shape: Sequence[int], name: str) -> None:
+    if len(shape) != 2 or shape[1] % TILE_N:
         raise ValueError(
-            f"{name} must be [groups, N] with N a multiple of {TILE_N}, not {list(rows.shape)}"
+            f"{name} must be [groups, N] with N a multiple of {TILE_N}, not {list(shape)}"
         )
 
 
 def _check_e8m0(scales: torch.Tensor) -> None:
-    _check_row_runs(scales, "scales")
+    _check_runs(scales.shape, "scales")
     if scales.dtype != torch.uint8:
         raise ValueError(f"E8M0 scales must be torch.uint8 bytes, not {scales.dtype}")
 

@@ -1,13 +1,23 @@
-"""Triton kernels of :mod:`ctconvert.transforms.marlin`: each word is read once and written once.
+"""Triton kernels of :mod:`ctconvert.transforms.marlin`, which describes the layouts.
 
 Before: words i32 [N, K/f], K-packed codes of b = 4 or 8 bits, f = 32/b codes a word.
-After: Marlin tiles i32 [K/16, N*16/f], as :mod:`ctconvert.transforms.marlin` describes them.
+After: Marlin tiles i32 [K/16, N*16/f].
 
 A program takes one run of 64 n over ``TILES`` K tiles of 16. The rows are read in 64-bit units (a
 row's 4-bit codes of one tile, or half its 8-bit ones), consecutive tiles by consecutive lanes. Four
 words that lie in one thread make four output words: steps trade a bit of the word's number for a
 bit of the code's place in the word, with shifts and masks alone. Then the compiler turns the block
 round through shared memory and whole runs of 512 or 1024 bytes are stored.
+
+Before: rows [groups, N] of scales or of zero points' codes.
+After: every run of 64 columns in another order; zero points i32 [groups, N/f], packed as well.
+
+Each of the orders permutes the six bits of a column's number in its run, so a kernel takes a run as
+a tensor of six dimensions of 2 and permutes those.
+
+Padding, words i32 [n, ceil(k/f)] to i32 [n_padded, k_padded/f], is a copy with a fill. Each of
+these reads a byte once and writes it once. Act-order, whose columns change places within the words,
+takes two passes: both are the transpose of :mod:`ctconvert.transforms.packed_triton`.
 
 The launchers also take CPU tensors where Triton's interpreter runs the kernels.
 """
@@ -17,11 +27,16 @@ The launchers also take CPU tensors where Triton's interpreter runs the kernels.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
+
+from ctconvert.transforms.packed_triton import (
+    is_set,
+    new_flag,
+    on_device,
+    transpose_packed_triton,
+)
 
 
 @triton.jit
@@ -131,41 +146,100 @@ def _unpack_kernel(units_ptr, tiles_ptr, row_units, tiles, BITS: tl.constexpr, T
 
 
 @triton.jit
-def _take_columns_kernel(
-    words_ptr,
-    perm_ptr,
-    out_ptr,
-    n,
-    row_words,
-    BITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
+def _reordered(x, DIMS: tl.constexpr):
+    """Runs of 64 elements, their dimensions of 2 in another order."""
+    x = x.reshape(x.numel // 64, 2, 2, 2, 2, 2, 2)
+    return x.permute(0, DIMS[0], DIMS[1], DIMS[2], DIMS[3], DIMS[4], DIMS[5]).reshape(x.numel)
+
+
+@triton.jit
+def _reorder_kernel(src, dst, count, DIMS: tl.constexpr, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = tl.arange(0, BLOCK)
+    inside = at < count - start
+    x = tl.load(src + start + at, mask=inside, other=0)
+    tl.store(dst + start + at, _reordered(x, DIMS), mask=inside)
+
+
+@triton.jit
+def _pack_zero_points_kernel(
+    codes_ptr, words_ptr, bad, count, ORDER: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Whole rows, which the L1 cache holds while their codes are gathered."""
+    """Word by word, since codes that lie in many threads would have to meet in one. ``bad`` becomes
+    1 where a code has more than BITS bits.
+    """
     FACTOR: tl.constexpr = 32 // BITS
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    for start in range(0, row_words, WORDS):
-        word = start + tl.arange(0, WORDS)
-        inside = word < row_words
-        columns = ()
-        for i in tl.static_range(FACTOR):
-            columns += (tl.load(perm_ptr + word * FACTOR + i, mask=inside, other=0),)
-        for row in tl.static_range(ROWS):
-            # Rows past the end do the last row again, with the same result.
-            at = tl.minimum(first + row, n - 1) * row_words
-            out = tl.zeros([WORDS], tl.int32)
-            for i in tl.static_range(FACTOR):
-                source = tl.load(words_ptr + at + columns[i] // FACTOR, mask=inside, other=0)
-                code = (source >> (columns[i] % FACTOR * BITS)) & ((1 << BITS) - 1)
-                out |= code << (i * BITS)
-            tl.store(out_ptr + at + word, out, mask=inside)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    word = tl.arange(0, BLOCK)
+    inside = word < count - start
+    # The order permutes bits: the column at position p is the sum of those at p's bits.
+    column = word * FACTOR // 64 * 64
+    for bit in tl.static_range(3 if BITS == 4 else 4):
+        column += ((word >> bit) & 1) * ORDER[FACTOR << bit]
+    out = tl.zeros([BLOCK], tl.int32)
+    outside = tl.zeros([BLOCK], tl.int32)
+    for i in tl.static_range(FACTOR):
+        at = codes_ptr + start * FACTOR + column + ORDER[i]
+        code = tl.load(at, mask=inside, other=0).to(tl.int32)
+        out |= code << (i * BITS)
+        outside |= code >> BITS
+    if BITS < 8:
+        tl.store(bad + tl.zeros_like(word), 1, mask=outside != 0)
+    tl.store(words_ptr + start + word, out, mask=inside)
+
+
+@triton.jit
+def _unpack_zero_points_kernel(
+    words_ptr, codes_ptr, count, DIMS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    FACTOR: tl.constexpr = 32 // BITS
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    word = tl.arange(0, BLOCK // FACTOR)
+    inside = word < (count - start) // FACTOR
+    words = tl.load(words_ptr + start // FACTOR + word, mask=inside, other=0)
+    x = (words[:, None] >> (tl.arange(0, FACTOR) * BITS)[None, :]) & ((1 << BITS) - 1)
+    x = _reordered(x.to(tl.uint8).reshape(BLOCK), DIMS)
+    at = tl.arange(0, BLOCK)
+    tl.store(codes_ptr + start + at, x, mask=at < count - start)
+
+
+@triton.jit
+def _pad_kernel(
+    src,
+    dst,
+    n,
+    width,
+    n_padded,
+    padded_width,
+    last,  # the word of a row that holds codes and padding, if any does
+    held,  # its bits that hold codes
+    fill,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    tiles = tl.cdiv(padded_width, COLS)
+    pid = tl.program_id(0)
+    row = (pid // tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    word = (pid % tiles * COLS + tl.arange(0, COLS))[None, :]
+    x = tl.load(src + row.to(tl.int64) * width + word, mask=(row < n) & (word < width), other=fill)
+    x = tl.where(word == last, (x & held) | (fill & ~held), x)
+    at = dst + row.to(tl.int64) * padded_width + word
+    tl.store(at, x, mask=(row < n_padded) & (word < padded_width))
 
 
 # K tiles a program and warps, by bits.
 _PACK = {4: (32, 4), 8: (16, 4)}
 _UNPACK = {4: (32, 4), 8: (16, 4)}
-# Rows of a program of the column kernel, the words it does at a time, and its warps.
-_COLUMNS = (4, 256, 8)
+# Elements of one program of the kernels of runs of 64, and its warps.
+_RUNS = (4096, 4)
+# Words of one program of the kernel that packs zero points.
+_ZERO_POINTS = 512
+# Rows and words of one program of the padding kernel, and its warps.
+_PAD = (8, 256, 4)
+# What the act-order path puts between its two passes: most of it is still in the L2 cache when the
+# second reads it, and each launch fills the device.
+_SCRATCH_BYTES = 32 << 20
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def marlin_pack_triton(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -201,29 +275,132 @@ def _launch(
 ) -> None:
     size, warps = block
     units = words.view(torch.int64)
-    with _on_device(words):
+    with on_device(words.device):
         kernel[(n // 64, triton.cdiv(rows, size))](
             units, tiles, units.shape[1], rows, BITS=bits, TILES=size, num_warps=warps
         )
 
 
-def take_columns_triton(words: torch.Tensor, perm: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of column ``perm[j]`` at column j: words i32 [N, K/f], perm i32 [K], contiguous."""
-    out = torch.empty_like(words)
-    n, row_words = words.shape
-    rows, block, warps = _COLUMNS
-    with _on_device(words):
-        _take_columns_kernel[(triton.cdiv(n, rows),)](
-            words, perm, out, n, row_words, BITS=bits, ROWS=rows, WORDS=block, num_warps=warps
+def reorder_triton(rows: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """Position p of every run of 64 takes what is at order[p] of it: [groups, N], N % 64 == 0.
+
+    ``order`` is 64 numbers that permute the bits of p. Elements of 1, 2, 4 or 8 bytes.
+    """
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    raw = _INTEGERS[rows.element_size()]
+    block, warps = _RUNS
+    with on_device(rows.device):
+        _reorder_kernel[(triton.cdiv(rows.numel(), block),)](
+            rows.contiguous().view(raw),
+            out.view(raw),
+            rows.numel(),
+            DIMS=_dims(order),
+            BLOCK=block,
+            num_warps=warps,
         )
     return out
 
 
-def _on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """A kernel is launched on the current device, which need not be the tensor's."""
-    if tensor.device.type == "cpu":
-        return nullcontext()
-    device: AbstractContextManager[object] = torch.get_device_module(tensor.device).device(
-        tensor.device
-    )
-    return device
+def pack_zero_points_triton(
+    codes: torch.Tensor, order: list[int], bits: int
+) -> tuple[torch.Tensor, bool]:
+    """u8 codes [groups, N] in ``order``, packed to i32 [groups, N/f]; whether all were in range.
+
+    ``order`` and N as for :func:`reorder_triton`. Where a code was not in range, the words are not
+    to be used. Waits for the device unless ``bits`` is 8.
+    """
+    n = codes.shape[1]
+    out = torch.empty((codes.shape[0], n * bits // 32), dtype=torch.int32, device=codes.device)
+    if out.numel() == 0:
+        return out, True
+    bad = out if bits == 8 else new_flag(codes.device)
+    with on_device(codes.device):
+        _pack_zero_points_kernel[(triton.cdiv(out.numel(), _ZERO_POINTS),)](
+            codes.contiguous(),
+            out,
+            bad,
+            out.numel(),
+            ORDER=tuple(order),
+            BITS=bits,
+            BLOCK=_ZERO_POINTS,
+        )
+    return out, bits == 8 or not is_set(bad, codes.device)
+
+
+def unpack_zero_points_triton(words: torch.Tensor, order: list[int], bits: int) -> torch.Tensor:
+    """i32 [groups, N/f] to u8 [groups, N], whose position p of a run is code order[p] of it."""
+    n = words.shape[1] * 32 // bits
+    out = torch.empty((words.shape[0], n), dtype=torch.uint8, device=words.device)
+    if out.numel() == 0:
+        return out
+    block, warps = _RUNS
+    with on_device(words.device):
+        _unpack_zero_points_kernel[(triton.cdiv(out.numel(), block),)](
+            words.contiguous(),
+            out,
+            out.numel(),
+            DIMS=_dims(order),
+            BITS=bits,
+            BLOCK=block,
+            num_warps=warps,
+        )
+    return out
+
+
+def _dims(order: list[int]) -> tuple[int, ...]:
+    """The order of the dimensions of [runs, 2, 2, 2, 2, 2, 2] that has this effect."""
+    return tuple(7 - order[1 << bit].bit_length() for bit in reversed(range(6)))
+
+
+def take_columns_triton(words: torch.Tensor, perm: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of column ``perm[j]`` at column j: words i32 [N, K/f], perm i32 [K], contiguous.
+
+    A block of rows is transposed, so that its columns become rows, and transposed back with the
+    rows taken in the order ``perm``: two passes, with 32 MiB (or 128 rows) of scratch between them.
+    """
+    n, row_words = words.shape
+    out = torch.empty_like(words)
+    rows = max(_SCRATCH_BYTES // (4 * row_words) // 128, 1) * 128
+    for start in range(0, n, rows):
+        part = words[start : start + rows]
+        transpose_packed_triton(
+            transpose_packed_triton(part, bits, perm.shape[0], pad_rows=True),
+            bits,
+            part.shape[0],
+            order=perm,
+            out=out[start : start + rows],
+        )
+    return out
+
+
+def pad_words_triton(
+    words: torch.Tensor, bits: int, n: int, k: int, n_padded: int, k_padded: int, fill: int
+) -> torch.Tensor:
+    """What :func:`ctconvert.transforms.marlin.pad_words` launches after its checks.
+
+    ``words`` i32 [n, ceil(k/f)], contiguous; ``fill``, signed, is a word of codes to fill with.
+    """
+    width, padded_width = words.shape[1], k_padded * bits // 32
+    out = torch.empty((n_padded, padded_width), dtype=torch.int32, device=words.device)
+    if out.numel() == 0:
+        return out
+    used = k * bits % 32
+    rows, cols, warps = _PAD
+    with on_device(words.device):
+        _pad_kernel[(triton.cdiv(n_padded, rows) * triton.cdiv(padded_width, cols),)](
+            words,
+            out,
+            n,
+            width,
+            n_padded,
+            padded_width,
+            k * bits // 32 if used else -1,
+            (1 << used) - 1,
+            fill,
+            ROWS=rows,
+            COLS=cols,
+            num_warps=warps,
+        )
+    return out

@@ -15,7 +15,7 @@ They are the same bytes for b = 1, 2, 4, 8. Trailing bits of a row are zero.
 ``weight_packed`` [N, K/f] of a checkpoint to the N-packed [K, N/f] that a weight-only GEMM reads.
 
 CPU tensors take the torch code of this file, CUDA and XPU tensors the Triton kernels of
-:mod:`ctconvert.transforms.packed_triton` where one exists; the results are equal bit for bit.
+:mod:`ctconvert.transforms.packed_triton`; the results are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-#: Widths whose codes never straddle a word and that the fast paths and the kernels take.
+#: Widths whose codes fill a word without a rest and never straddle two, which have fast paths.
 WORD_BITS = (2, 4, 8)
 
 # Elements of one operation for each of torch's threads. The temporaries, a few such operands, stay
@@ -68,8 +68,8 @@ def pack(codes: torch.Tensor, bits: int, packing: str = "dense") -> torch.Tensor
     _check(codes, torch.uint8, "codes")
     n, k = codes.shape
     words = row_words(k, bits, packing)
-    if bits in WORD_BITS:
-        return _pack_words(codes, bits)
+    if _has_kernels(codes) or bits in WORD_BITS:
+        return _pack_words(codes, bits, packing)
     out = torch.empty((n, words), dtype=torch.int32, device=codes.device)
     if out.numel() == 0:
         return out
@@ -101,8 +101,8 @@ def unpack(words: torch.Tensor, bits: int, k: int, packing: str = "dense") -> to
     _check(words, torch.int32, "words")
     n, found = words.shape
     _check_row_words(found, row_words(k, bits, packing), bits, k)
-    if bits in WORD_BITS:
-        return _unpack_words(words, bits, k, torch.uint8)
+    if _has_kernels(words) or bits in WORD_BITS:
+        return _unpack_words(words, bits, k, torch.uint8, packing)
     out = torch.empty((n, k), dtype=torch.uint8, device=words.device)
     if out.numel() == 0:
         return out
@@ -252,7 +252,7 @@ def _block_elements() -> int:
     return _ELEMENTS * min(torch.get_num_threads(), _MAX_THREADS)
 
 
-# -------------------------------------------------------------- plain path, any width and device
+# ------------------------------------------------------------------------ plain path, any width
 
 
 class _Part(NamedTuple):
@@ -288,7 +288,7 @@ def _period(bits: int, packing: str) -> _Period:
     return _Period(codes, codes * bits // 32, tuple(parts))
 
 
-# ------------------------------------------------- 2, 4 and 8 bits, several bytes an operation
+# ------------------------------ kernels; 2, 4 and 8 bits on the CPU, several bytes an operation
 
 # The integer that holds the codes of one byte of a word, a byte each; for 8 bits, of a whole word.
 _ELEMENT = {2: torch.int32, 4: torch.int16, 8: torch.int32}
@@ -299,16 +299,15 @@ def _signed(value: int, bits: int = 32) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-def _pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """i8 (signed) or u8 (codes) [N, K] to i32 [N, ceil(K/f)]; ValueError where out of range."""
+def _pack_words(values: torch.Tensor, bits: int, packing: str = "dense") -> torch.Tensor:
+    """i8 (signed) or u8 (codes) [N, K] to i32 [N, words]; ValueError where out of range."""
     signed = values.dtype == torch.int8
     low = -(1 << (bits - 1)) if signed else 0
     high = low + (1 << bits) - 1
-    # Ragged rows, which hardly a weight has, take the torch path on every device.
-    if _has_kernels(values) and values.shape[1] % codes_per_word(bits) == 0:
+    if _has_kernels(values):
         from ctconvert.transforms import packed_triton
 
-        out, in_range = packed_triton.pack_int8_triton(values, bits)
+        out, in_range = packed_triton.pack_triton(values, bits, packing)
         if not in_range:
             _raise_out_of_range(values, 0, low, high, bits)
         return out
@@ -319,12 +318,14 @@ def _pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
     return _pack_bytes(values, bits, offset=-low)
 
 
-def _unpack_words(words: torch.Tensor, bits: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """i32 [N, ceil(k/f)] to i8 [N, k], ``code - 2**(bits-1)``, or u8, the codes."""
-    if _has_kernels(words) and k % codes_per_word(bits) == 0:
+def _unpack_words(
+    words: torch.Tensor, bits: int, k: int, dtype: torch.dtype, packing: str = "dense"
+) -> torch.Tensor:
+    """i32 [N, words] to i8 [N, k], ``code - 2**(b-1)``, or u8, the codes."""
+    if _has_kernels(words):
         from ctconvert.transforms import packed_triton
 
-        return packed_triton.unpack_int8_triton(words, bits, dtype)
+        return packed_triton.unpack_triton(words, bits, k, packing, dtype)
     out = torch.empty((words.shape[0], k), dtype=dtype, device=words.device)
     _unpack_bytes(words, bits, out, offset=1 << (bits - 1) if dtype == torch.int8 else 0)
     return out

@@ -3,11 +3,15 @@
 ``transpose_packed``: i32 [R, W], the code matrix [R, C] packed along C, to i32 [C, ceil(R/f)],
 the matrix [C, R] packed along R. One pass: every word is read once and written once.
 
-``pack_int8`` / ``unpack_int8``: i8 [N, K] to i32 [N, K/f] with codes ``q + 2**(b-1)``, and back;
-with u8 instead of i8 the bytes are the codes themselves.
+``pack`` / ``unpack``: u8 [N, K], codes of b bits, to i32 [N, words] and back; i8 [N, K] with codes
+``q + 2**(b-1)``. Two pairs of kernels:
 
-f = 32/b codes a word, b = 2, 4 or 8; code i of a word at bit ``b*i``. The launchers take CPU
-tensors as well where Triton's interpreter is on.
+- for whole words of 2, 4 or 8 bits (K % f == 0): the matrix is one run of words;
+- for every width 1 to 8, either packing and any K: word w of a row is bits ``width*w`` and on of
+  the row's dense bit string, where ``width`` is 32 or, padded, the bits that a word uses.
+
+f = 32/b codes a word; code i of a word at bit ``b*i``. The launchers take CPU tensors as well where
+Triton's interpreter is on.
 """
 
 # In a kernel a name may hold tuples of several lengths, one after the other.
@@ -15,18 +19,24 @@ tensors as well where Triton's interpreter is on.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 
+from ctconvert.transforms.packed import WORD_BITS, codes_per_word, row_words
+
 # By code width: words of N (written) and of K (read) in one program, which transposes f times
 # their product, and its warps. Of some ten tried each, these were within 3 % of the
 # quickest at 28672 x 8192 and at 4096 x 4096 on an H200.
 _TILES = {2: (16, 32, 8), 4: (16, 64, 8), 8: (32, 64, 8)}
-# Words of packed codes in one program of the two elementwise kernels.
+# Words of packed codes in one program of the two kernels of whole words.
 _FLAT = 1024
+# Rows, and words (packing) or four codes (unpacking), in one program of the two kernels of rows.
+_PACK_ROWS = (4, 256)
+_UNPACK_ROWS = (4, 512)
 
 
 @triton.jit
@@ -41,6 +51,7 @@ def _swap(low, high, BITS: tl.constexpr):
 def _transpose_kernel(
     src,
     dst,
+    order,  # the rows to take, or None: as they are
     R,
     W,
     C,
@@ -65,6 +76,8 @@ def _transpose_kernel(
     for j in tl.static_range(F):
         n = c * F + j
         inside = (n < R)[:, None] & (w < W)[None, :]
+        if order is not None:
+            n = tl.load(order + n, mask=n < R, other=0)
         at = src + n.to(tl.int64)[:, None] * src_stride + w[None, :]
         rows += (tl.load(at, mask=inside, other=0),)
 
@@ -93,6 +106,42 @@ def _transpose_kernel(
 
 
 @triton.jit
+def _outside(x, BITS: tl.constexpr, SIGNED: tl.constexpr):
+    """Not zero where one of the four bytes of ``x`` is no code, or, signed, no value, of BITS."""
+    # Bits of a byte that a code in range leaves clear or, signed, equal to the one below them.
+    HIGH: tl.constexpr = ~(((1 << BITS) - 1) * 0x01010101)
+    return ((x ^ (x << 1)) if SIGNED else x) & HIGH
+
+
+@triton.jit
+def _joined(x, BITS: tl.constexpr, SIGNED: tl.constexpr):
+    """Four bytes, a code or a signed value each, to the four codes side by side, 4*BITS bits."""
+    if SIGNED:  # adding half the range to a two's complement code flips its top bit
+        x = x ^ ((1 << (BITS - 1)) * 0x01010101 - (BITS // 8 << 32))
+    if BITS < 8:
+        EVEN: tl.constexpr = ((1 << BITS) - 1) * 0x00010001
+        LOW: tl.constexpr = (1 << (2 * BITS)) - 1
+        # Shifts are arithmetic; the masks are zero where they bring in copies of the sign.
+        x = (x & EVEN) | ((x >> (8 - BITS)) & (EVEN << BITS))
+        x = (x & LOW) | ((x >> (16 - 2 * BITS)) & (LOW << (2 * BITS)))
+    return x
+
+
+@triton.jit
+def _spread(x, BITS: tl.constexpr, SIGNED: tl.constexpr):
+    """The inverse of :func:`_joined`; bits of ``x`` over the lowest 4*BITS may be anything."""
+    if BITS < 8:
+        EVEN: tl.constexpr = ((1 << BITS) - 1) * 0x00010001
+        LOW: tl.constexpr = (1 << (2 * BITS)) - 1
+        x = (x & LOW) | ((x & (LOW << (2 * BITS))) << (16 - 2 * BITS))
+        x = (x & EVEN) | ((x & (EVEN << BITS)) << (8 - BITS))
+    if SIGNED:
+        # code - 2**(b-1) in every byte, without a carry: (code + 128 - 2**(b-1)) ^ 128.
+        x = (x + (128 - (1 << (BITS - 1))) * 0x01010101) ^ ~0x7F7F7F7F
+    return x
+
+
+@triton.jit
 def _pack_kernel(
     src, dst, bad, words, BITS: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -104,29 +153,19 @@ def _pack_kernel(
     offset = tl.arange(0, BLOCK * PARTS)
     inside = offset < (words - start) * PARTS
     x = tl.load(src + start * PARTS + offset, mask=inside, other=0)
-    if BITS == 8:
-        out = x
-    else:
-        # Bits of a byte that a code in range leaves clear or, signed, equal to the one below them.
-        HIGH: tl.constexpr = ~(((1 << BITS) - 1) * 0x01010101)
-        outside = ((x ^ (x << 1)) if SIGNED else x) & HIGH
-        tl.store(bad, 1, mask=tl.max((outside != 0).to(tl.int32), 0) != 0)
-        if BITS == 4:
-            x = x & 0x0F0F0F0F
-            x = (x | (x >> 4)) & 0x00FF00FF
-            x = (x | (x >> 8)) & 0xFFFF
-            low, high = tl.split(tl.reshape(x, (BLOCK, 2)))
-        else:
-            # The product's top byte holds the four codes, lowest first: no two terms share a bit.
-            x = (((x & 0x03030303) * 0x01041040) >> 24) & 0xFF
-            even, odd = tl.split(tl.reshape(x, (BLOCK, 2, 2)))
-            low, high = tl.split(even | (odd << 8))
-        out = low | (high << 16)
-    if SIGNED:  # adding half the range to a two's complement code flips its top bit
-        # Every top bit: the word of ones over the ones of a field, times the field's top bit.
-        out = out ^ ~(0xFFFFFFFF - (0xFFFFFFFF // ((1 << BITS) - 1) << (BITS - 1)))
+    if BITS < 8:
+        outside = _outside(x, BITS, SIGNED) != 0
+        tl.store(bad, 1, mask=tl.max(outside.to(tl.int32), 0) != 0)
+    x = _joined(x, BITS, SIGNED)
+    if BITS == 4:
+        low, high = tl.split(tl.reshape(x, (BLOCK, 2)))
+        x = low | (high << 16)
+    elif BITS == 2:
+        even, odd = tl.split(tl.reshape(x, (BLOCK, 2, 2)))
+        low, high = tl.split(even | (odd << 8))
+        x = low | (high << 16)
     at = tl.arange(0, BLOCK)
-    tl.store(dst + start + at, out, mask=at < words - start)
+    tl.store(dst + start + at, x, mask=at < words - start)
 
 
 @triton.jit
@@ -137,25 +176,123 @@ def _unpack_kernel(src, dst, words, BITS: tl.constexpr, SIGNED: tl.constexpr, BL
     at = tl.arange(0, BLOCK)
     x = tl.load(src + start + at, mask=at < words - start, other=0)
     if BITS == 4:
-        x = tl.reshape(tl.join(x & 0xFFFF, (x >> 16) & 0xFFFF), (BLOCK * 2,))
-        x = (x | (x << 8)) & 0x00FF00FF
-        x = (x | (x << 4)) & 0x0F0F0F0F
+        x = tl.reshape(tl.join(x, x >> 16), (BLOCK * 2,))
     elif BITS == 2:
-        x = tl.join(x & 0xFFFF, (x >> 16) & 0xFFFF)
-        x = tl.reshape(tl.join(x & 0xFF, x >> 8), (BLOCK * 4,))
-        x = (x | (x << 12)) & 0x000F000F
-        x = (x | (x << 6)) & 0x03030303
-    if SIGNED:
-        # code - 2**(b-1) in every byte, without a carry: (code + 128 - 2**(b-1)) ^ 128.
-        x = (x + (128 - (1 << (BITS - 1))) * 0x01010101) ^ ~0x7F7F7F7F
+        x = tl.join(x, x >> 16)
+        x = tl.reshape(tl.join(x, x >> 8), (BLOCK * 4,))
+    x = _spread(x, BITS, SIGNED)
     offset = tl.arange(0, BLOCK * PARTS)
     tl.store(dst + start * PARTS + offset, x, mask=offset < (words - start) * PARTS)
 
 
+# In the two kernels below a row is one bit string. ``four`` numbers its runs of four codes
+# (4*BITS bits, four bytes), ``word`` its words (WIDTH bits). What one lane writes lies in a few
+# neighbours of the other kind, which it loads, joins in 64 bits and shifts; the lanes beside it
+# load the same ones, from the L1 cache. Sizes are not specialised: lanes that store 16 bytes each
+# would load far from one another.
+
+
+@triton.jit(do_not_specialize=["k", "words"])
+def _pack_rows_kernel(
+    src,  # i32, four bytes each, where WHOLE (K % 4 == 0), else i8 or u8
+    dst,
+    bad,
+    n,
+    k,
+    words,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,  # runs of four codes that a word may touch
+    SIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    # The value of code 0, in one byte and in every byte of a word.
+    FILL: tl.constexpr = -(1 << (BITS - 1)) if SIGNED else 0
+    FILLS: tl.constexpr = (FILL & 0xFF) * 0x01010101 - ((1 << 32) if SIGNED else 0)
+    tiles = tl.cdiv(words, COLS)
+    pid = tl.program_id(0)
+    word = pid % tiles * COLS + tl.arange(0, COLS)
+    first = word * WIDTH // (4 * BITS)
+    shift = word * WIDTH % (4 * BITS)
+    outside = tl.zeros([COLS], tl.int32)
+    for r in tl.static_range(ROWS):
+        row = (pid // tiles).to(tl.int64) + r * tl.cdiv(n, ROWS)
+        inside = word < tl.where(row < n, words, 0)
+        value = tl.zeros([COLS], tl.int64)
+        for i in tl.static_range(SPAN):
+            four = first + i
+            if WHOLE:
+                at = src + row * (k // 4) + four
+                x = tl.load(at, mask=inside & (four < k // 4), other=FILLS)
+            else:
+                x = tl.zeros([COLS], tl.int32)
+                for j in tl.static_range(4):
+                    column = four * 4 + j
+                    at = src + row * k + column
+                    byte = tl.load(at, mask=inside & (column < k), other=FILL)
+                    x |= (byte.to(tl.int32) & 0xFF) << (8 * j)
+            if BITS < 8:
+                outside |= _outside(x, BITS, SIGNED)
+            value |= _joined(x, BITS, SIGNED).to(tl.int64) << (4 * BITS * i)
+        out = (value >> shift).to(tl.int32)
+        if WIDTH < 32:
+            out &= (1 << WIDTH) - 1
+        tl.store(dst + row * words + word, out, mask=inside)
+    if BITS < 8:
+        tl.store(bad + tl.zeros_like(outside), 1, mask=outside != 0)
+
+
+@triton.jit(do_not_specialize=["k", "words"])
+def _unpack_rows_kernel(
+    src,
+    dst,  # as the source above
+    n,
+    k,
+    words,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,  # words that a run of four codes may touch
+    SIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    tiles = tl.cdiv(k, 4 * COLS)
+    pid = tl.program_id(0)
+    four = pid % tiles * COLS + tl.arange(0, COLS)
+    first = four * (4 * BITS) // WIDTH
+    shift = four * (4 * BITS) % WIDTH
+    for r in tl.static_range(ROWS):
+        row = (pid // tiles).to(tl.int64) + r * tl.cdiv(n, ROWS)
+        inside = four * 4 < tl.where(row < n, k, 0)
+        value = tl.zeros([COLS], tl.int64)
+        for i in tl.static_range(SPAN):
+            word = first + i
+            x = tl.load(src + row * words + word, mask=inside & (word < words), other=0)
+            value |= (x.to(tl.int64) & ((1 << WIDTH) - 1)) << (WIDTH * i)
+        x = _spread((value >> shift).to(tl.int32), BITS, SIGNED)
+        if WHOLE:
+            tl.store(dst + row * (k // 4) + four, x, mask=inside)
+        else:
+            for j in tl.static_range(4):
+                column = four * 4 + j
+                tl.store(dst + row * k + column, x >> (8 * j), mask=inside & (column < k))
+
+
 def transpose_packed_triton(
-    words: torch.Tensor, bits: int, columns: int, pad_rows: bool = False
+    words: torch.Tensor,
+    bits: int,
+    columns: int,
+    pad_rows: bool = False,
+    order: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`~ctconvert.transforms.packed.transpose_packed`: i32 [R, W] to [columns, ceil(R/f)].
+
+    With ``order``, i32 [R], row order[r] of the input stands for row r. ``out``, contiguous, is
+    written where given.
 
     Raises ValueError where R % f != 0 without ``pad_rows``. The caller checks the rest.
     """
@@ -164,17 +301,19 @@ def transpose_packed_triton(
     if r % f and not pad_rows:
         raise ValueError(f"{r} rows are not a multiple of the {f} codes of a word ({bits} bits)")
     row_words = -(-r // f)
-    out = torch.empty((columns, row_words), dtype=torch.int32, device=words.device)
+    if out is None:
+        out = torch.empty((columns, row_words), dtype=torch.int32, device=words.device)
     if out.numel() == 0:
         return out
     if words.stride(1) != 1:
         words = words.contiguous()
     bc, bw, warps = _TILES[bits]
     grid = (triton.cdiv(row_words, bc) * triton.cdiv(w, bw),)
-    with _on(words.device):
+    with on_device(words.device):
         _transpose_kernel[grid](
             words,
             out,
+            order,
             r,
             w,
             columns,
@@ -189,50 +328,111 @@ def transpose_packed_triton(
     return out
 
 
-def pack_int8_triton(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, bool]:
-    """i8 (signed) or u8 (codes) [N, K], K % f == 0, to i32 [N, K/f] and whether all were in range.
+def pack_triton(
+    values: torch.Tensor, bits: int, packing: str = "dense"
+) -> tuple[torch.Tensor, bool]:
+    """i8 (signed) or u8 (codes) [N, K] to i32 [N, words] and whether all were in range.
 
-    Where one was not, the words are not to be used. Waits for the device.
+    Where one was not, the words are not to be used. Waits for the device unless ``bits`` is 8.
     """
-    f = 32 // bits
     n, k = values.shape
-    if k % f:
-        raise ValueError(f"rows of {k} values are not a multiple of {f}")
-    out = torch.empty((n, k // f), dtype=torch.int32, device=values.device)
+    words = row_words(k, bits, packing)
+    out = torch.empty((n, words), dtype=torch.int32, device=values.device)
     if out.numel() == 0:
         return out, True
-    bad = torch.zeros(1, dtype=torch.int32, device=values.device)
-    with _on(values.device):
-        _pack_kernel[(triton.cdiv(out.numel(), _FLAT),)](
-            _as_words(values),
-            out,
-            bad,
-            out.numel(),
-            BITS=bits,
-            SIGNED=values.dtype == torch.int8,
-            BLOCK=_FLAT,
-        )
-    return out, bits == 8 or not bool(bad.item())
+    signed = values.dtype == torch.int8
+    bad = out if bits == 8 else new_flag(values.device)  # nothing is out of 8 bits' range
+    with on_device(values.device):
+        if _is_flat(bits, k):
+            _pack_kernel[(triton.cdiv(out.numel(), _FLAT),)](
+                _as_words(values), out, bad, out.numel(), BITS=bits, SIGNED=signed, BLOCK=_FLAT
+            )
+        else:
+            width, span, _ = _spans(bits, packing)
+            rows, cols = _PACK_ROWS
+            _pack_rows_kernel[(triton.cdiv(n, rows) * triton.cdiv(words, cols),)](
+                values.contiguous() if k % 4 else _as_words(values),
+                out,
+                bad,
+                n,
+                k,
+                words,
+                BITS=bits,
+                WIDTH=width,
+                SPAN=span,
+                SIGNED=signed,
+                WHOLE=k % 4 == 0,
+                ROWS=rows,
+                COLS=cols,
+            )
+    return out, bits == 8 or not is_set(bad, values.device)
 
 
-def unpack_int8_triton(
-    words: torch.Tensor, bits: int, dtype: torch.dtype = torch.int8
+def unpack_triton(
+    words: torch.Tensor,
+    bits: int,
+    k: int,
+    packing: str = "dense",
+    dtype: torch.dtype = torch.uint8,
 ) -> torch.Tensor:
-    """i32 [N, W] to i8 [N, W*f], ``code - 2**(b-1)``, or to u8, the codes."""
-    n, w = words.shape
-    out = torch.empty((n, w * (32 // bits)), dtype=dtype, device=words.device)
+    """i32 [N, words] to u8 [N, k], the codes, or to i8, ``code - 2**(b-1)``."""
+    n = words.shape[0]
+    out = torch.empty((n, k), dtype=dtype, device=words.device)
     if out.numel() == 0:
         return out
-    with _on(words.device):
-        _unpack_kernel[(triton.cdiv(words.numel(), _FLAT),)](
-            words.contiguous(),
-            _as_words(out),
-            words.numel(),
-            BITS=bits,
-            SIGNED=dtype == torch.int8,
-            BLOCK=_FLAT,
-        )
+    words = words.contiguous()
+    target = out if k % 4 else _as_words(out)
+    signed = dtype == torch.int8
+    with on_device(words.device):
+        if _is_flat(bits, k):
+            _unpack_kernel[(triton.cdiv(words.numel(), _FLAT),)](
+                words, target, words.numel(), BITS=bits, SIGNED=signed, BLOCK=_FLAT
+            )
+        else:
+            width, _, span = _spans(bits, packing)
+            rows, cols = _UNPACK_ROWS
+            _unpack_rows_kernel[(triton.cdiv(n, rows) * triton.cdiv(k, 4 * cols),)](
+                words,
+                target,
+                n,
+                k,
+                words.shape[1],
+                BITS=bits,
+                WIDTH=width,
+                SPAN=span,
+                SIGNED=signed,
+                WHOLE=k % 4 == 0,
+                ROWS=rows,
+                COLS=cols,
+            )
     return out
+
+
+def _is_flat(bits: int, k: int) -> bool:
+    return bits in WORD_BITS and k % (32 // bits) == 0
+
+
+def _spans(bits: int, packing: str) -> tuple[int, int, int]:
+    """Bits that a word uses, runs of four codes that one may touch, words that a run may touch."""
+    width = 32 if packing == "dense" else codes_per_word(bits) * bits
+    four = 4 * bits
+    step = math.gcd(width, four)  # one begins at a multiple of this in the other
+    return width, -(-(four - step + width) // four), -(-(width - step + four) // width)
+
+
+def new_flag(device: torch.device) -> torch.Tensor:
+    """i32 [1], 0, that a kernel on ``device`` may set and :func:`is_set` reads."""
+    if device.type == "cuda":
+        # In the host's memory: no kernel to clear it, no copy to read it.
+        return torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def is_set(flag: torch.Tensor, device: torch.device) -> bool:
+    """Whether a kernel of ``device``'s current stream set the flag; waits for that stream."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return bool(flag.item())
 
 
 def _as_words(tensor: torch.Tensor) -> torch.Tensor:
@@ -243,7 +443,7 @@ def _as_words(tensor: torch.Tensor) -> torch.Tensor:
     return flat.view(torch.int32)
 
 
-def _on(device: torch.device) -> AbstractContextManager[None]:
+def on_device(device: torch.device) -> AbstractContextManager[None]:
     """Makes the tensor's device current: Triton launches on the current one."""
     if device.type == "cpu":
         return nullcontext()

@@ -1,11 +1,11 @@
 """The Marlin transforms against a copy of the same bytes, on one device.
 
 ``python tests/bench/bench_marlin.py [cpu|cuda|xpu]`` prints a table. Each transform is first
-checked: weights against the layout's definition on sample runs and by their inverse, the rest by
-their inverse. Bytes are those of input and output. Times are medians of
-``triton.testing.do_bench``, which clears the L2 cache before each run; on the CPU, of five calls
-after one more, each with an output newly allocated, as the copy's is. ``copy_tb_s`` is a
-``clone`` of a tensor of half as many bytes.
+checked: weights against the layout's definition on sample runs and by their inverse, the rest
+against a plain reference, whole or on sample rows, and by their inverse. Bytes are those of input
+and output. Times are medians of ``triton.testing.do_bench``, which clears the L2 cache before each
+run; on the CPU, of five calls after one more, each with an output newly allocated, as the copy's
+is. ``copy_tb_s`` is a ``clone`` of a tensor of half as many bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from ctconvert.transforms import marlin
 
 SHAPES = ((4096, 4096), (28672, 8192))  # N, K
+SIDE_SHAPES = ((4096, 4096), (8192, 28672))
+GROUP = 32
 _INTERLEAVE = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
 
 
@@ -30,6 +32,7 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
     for n, k in SHAPES:
         for bits in (4, 8):
             rows += _weights(n, k, bits, device)
+    for n, k in SIDE_SHAPES:
         rows += _side_tensors(n, k, device)
     return rows
 
@@ -46,17 +49,24 @@ def _weights(n: int, k: int, bits: int, device: torch.device) -> list[dict[str, 
     )
     g_idx = (torch.arange(k, dtype=torch.int32) // 128)[torch.randperm(k)].to(device)
     ordered, perm = marlin.sort_columns(words, g_idx, bits)
+    for row in (0, n // 2, n - 1):
+        taken = _codes(words[row], bits)[perm.long()]
+        _check(torch.equal(_codes(ordered[row], bits), taken), "sort_columns")
     _check(torch.equal(marlin.unsort_columns(ordered, perm, bits), words), "unsort_columns")
     del ordered
     wide = n + 64, k + 128
     padded = marlin.pad_words(words, bits, n, k, *wide, 8)
     _check(torch.equal(padded[:n, : words.shape[1]], words), "pad_words")
+    filled = torch.cat([padded[:n, words.shape[1] :].flatten(), padded[n:].flatten()])
+    _check(bool((_codes(filled, bits) == 8).all()), "pad_words")
+    del filled
     both, dtype = 2 * words.nbytes, f"int{bits}"
     calls: list[tuple[str, int, Callable[[], Any]]] = [
         ("marlin_pack", both, lambda: marlin.marlin_pack(words, bits)),
         ("marlin_unpack", both, lambda: marlin.marlin_unpack(tiles, bits, n, k)),
         ("sort_columns", both, lambda: marlin.sort_columns(words, g_idx, bits)),
         ("unsort_columns", both, lambda: marlin.unsort_columns(words, perm, bits)),
+        ("  without sorting g_idx", both, lambda: marlin._take_columns(words, perm, bits)),
         (
             "pad_words",
             words.nbytes + padded.nbytes,
@@ -67,24 +77,32 @@ def _weights(n: int, k: int, bits: int, device: torch.device) -> list[dict[str, 
 
 
 def _side_tensors(n: int, k: int, device: torch.device) -> list[dict[str, Any]]:
-    grouped = torch.randn(k // 128, n, device=device).to(torch.bfloat16)
+    grouped = torch.randn(k // GROUP, n, device=device).to(torch.bfloat16)
     single = grouped[:1].clone()
-    raw = torch.randint(0, 256, (k // 32, n), device=device).to(torch.uint8)
-    codes = torch.randint(0, 16, (k // 128, n), device=device).to(torch.uint8)
+    raw = torch.randint(0, 256, (k // GROUP, n), device=device).to(torch.uint8)
+    codes = torch.randint(0, 16, (k // GROUP, n), device=device).to(torch.uint8)
     packed = marlin.marlin_pack_zero_points(codes, 4)
+    order = [i + 8 * j for i in range(8) for j in range(8)]
+    channel = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
     for scales, channelwise in ((grouped, False), (single, True)):
         permuted = marlin.marlin_permute_scales(scales, channelwise)
-        _check(not torch.equal(permuted, scales), "marlin_permute_scales")
+        expected = _taken(scales, channel if channelwise else order)
+        _check(torch.equal(permuted, expected), "marlin_permute_scales")
         back = marlin.marlin_unpermute_scales(permuted, channelwise)
         _check(torch.equal(back, scales), "marlin_unpermute_scales")
     permuted = marlin.marlin_permute_mxfp4_scales(raw)
-    _check(
-        torch.equal(marlin.marlin_unpermute_mxfp4_scales(permuted), raw), "the MXFP4 scales' order"
-    )
-    _check(torch.equal(marlin.marlin_unpack_zero_points(packed, 4), codes), "the zero points")
+    expected = _taken(_taken(raw, order), [0, 2, 1, 3])
+    _check(torch.equal(permuted, expected), "marlin_permute_mxfp4_scales")
+    back = marlin.marlin_unpermute_mxfp4_scales(permuted)
+    _check(torch.equal(back, raw), "marlin_unpermute_mxfp4_scales")
+    expected = _taken(_taken(codes, order), list(_INTERLEAVE[4]))
+    _check(torch.equal(_codes(packed, 4), expected), "marlin_pack_zero_points")
+    back = marlin.marlin_unpack_zero_points(packed, 4)
+    _check(torch.equal(back, codes), "marlin_unpack_zero_points")
+    group = f"G = {GROUP}"
     calls: list[tuple[str, str, int, Callable[[], Any]]] = [
         (
-            "permute_scales, G = 128",
+            f"permute_scales, {group}",
             "bfloat16",
             2 * grouped.nbytes,
             lambda: marlin.marlin_permute_scales(grouped, channelwise=False),
@@ -102,19 +120,36 @@ def _side_tensors(n: int, k: int, device: torch.device) -> list[dict[str, Any]]:
             lambda: marlin.marlin_permute_mxfp4_scales(raw),
         ),
         (
-            "pack_zero_points, G = 128",
+            "unpermute_mxfp4_scales",
+            "uint8",
+            2 * raw.nbytes,
+            lambda: marlin.marlin_unpermute_mxfp4_scales(permuted),
+        ),
+        (
+            f"pack_zero_points, {group}",
             "int4",
             codes.nbytes + packed.nbytes,
             lambda: marlin.marlin_pack_zero_points(codes, 4),
         ),
         (
-            "unpack_zero_points, G = 128",
+            f"unpack_zero_points, {group}",
             "int4",
             codes.nbytes + packed.nbytes,
             lambda: marlin.marlin_unpack_zero_points(packed, 4),
         ),
     ]
     return [_row(name, (n, k), dtype, nbytes, call, device) for name, dtype, nbytes, call in calls]
+
+
+def _codes(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes [..., W*f] of words [..., W]."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    return (words.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2).to(torch.uint8)
+
+
+def _taken(rows: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """Every run of len(order) of each row: position p takes what was at order[p]."""
+    return rows.unflatten(1, (-1, len(order)))[:, :, order].flatten(1)
 
 
 def _random_words(shape: tuple[int, int], device: torch.device) -> torch.Tensor:

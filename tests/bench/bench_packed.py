@@ -28,6 +28,7 @@ from ctconvert.transforms.packed import (
 
 SHAPES = ((4096, 4096), (28672, 8192))  # N, K
 WIDTHS = (2, 4, 8)
+OTHER_WIDTHS = (3, 5, 6, 7)
 
 
 def _time(call: Callable[[], Any], device: torch.device) -> float:
@@ -65,6 +66,17 @@ def _check_transpose(words: torch.Tensor, out: torch.Tensor, bits: int) -> None:
     for w in range(0, words.shape[1], width):
         expected = _joined(_fields(words[:, w : w + width], bits).t(), bits)
         assert torch.equal(out[w * f : (w + width) * f], expected), f"transpose_packed, {bits} bits"
+
+
+def _check_padded(codes: torch.Tensor, words: torch.Tensor, bits: int) -> None:
+    """Padded words against codes, [N, K], f codes a word."""
+    f = 32 // bits
+    shifts = torch.arange(0, f * bits, bits, dtype=torch.int32, device=codes.device)
+    for row in range(0, codes.shape[0], 512):
+        block = codes[row : row + 512].to(torch.int32)
+        block = torch.nn.functional.pad(block, (0, -block.shape[1] % f)).unflatten(1, (-1, f))
+        expected = (block << shifts).sum(-1, dtype=torch.int32)
+        assert torch.equal(words[row : row + 512], expected), f"padded pack, {bits} bits"
 
 
 def _check_packed(codes: torch.Tensor, words: torch.Tensor, bits: int) -> None:
@@ -117,17 +129,22 @@ def _measure_width(shape: tuple[int, int], bits: int, device: torch.device) -> l
     return [_row(name, shape, f"int{bits}", size, call, device) for name, size, call in calls]
 
 
-def _measure_plain(shape: tuple[int, int], device: torch.device) -> list[dict[str, Any]]:
-    """The plain torch path, which other widths take."""
-    codes = torch.randint(0, 8, shape, dtype=torch.uint8, device=device)
-    words = pack(codes, 3)
-    _check_packed(codes, words, 3)
-    assert torch.equal(unpack(words, 3, shape[1]), codes), "unpack, 3 bits"
-    both = words.nbytes + codes.nbytes
-    return [
-        _row("pack", shape, "uint3", both, lambda: pack(codes, 3), device),
-        _row("unpack", shape, "uint3", both, lambda: unpack(words, 3, shape[1]), device),
-    ]
+def _measure_packing(
+    shape: tuple[int, int], bits: int, packing: str, device: torch.device
+) -> list[dict[str, Any]]:
+    """Widths whose codes straddle two words or leave bits of one unused."""
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, device=device)
+    words = pack(codes, bits, packing)
+    (_check_packed if packing == "dense" else _check_padded)(codes, words, bits)
+    found = unpack(words, bits, shape[1], packing)
+    assert torch.equal(found, codes), f"unpack, {bits} bits, {packing}"
+    del found
+    both, dtype = words.nbytes + codes.nbytes, f"uint{bits}"
+    calls: tuple[tuple[str, Callable[[], Any]], ...] = (
+        (f"pack, {packing}", lambda: pack(codes, bits, packing)),
+        (f"unpack, {packing}", lambda: unpack(words, bits, shape[1], packing)),
+    )
+    return [_row(name, shape, dtype, both, call, device) for name, call in calls]
 
 
 def measure(device: torch.device) -> list[dict[str, Any]]:
@@ -140,7 +157,9 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
     for shape in SHAPES:
         for bits in WIDTHS:
             rows += _measure_width(shape, bits, device)
-        rows += _measure_plain(shape, device)
+        for bits in OTHER_WIDTHS:
+            for packing in ("dense", "padded"):
+                rows += _measure_packing(shape, bits, packing, device)
     return rows
 
 
