@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from test_schemes import FRESH, REAL
 import ctconvert
 from ctconvert.errors import VerificationError
 from ctconvert.layouts import LAYOUTS
-from ctconvert.runtime import KernelEmbedding, KernelLinear, bindings, load, load_model
+from ctconvert.runtime import KernelEmbedding, KernelLinear, bindings, load, load_model, loading
 from ctconvert.runtime.proof import TOLERANCE
 
 #: One real checkpoint a layout; the slow ones of them are left to the GPU.
@@ -92,6 +93,28 @@ def test_a_wrong_kernel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     code, _, err = run("verify", out, "--kernels", "--device", "cpu")
     assert code == 1
     assert "off by" in err
+
+
+def test_kernels_are_verified_one_module_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many modules there are, only the last one is held while the next is read."""
+    out = converted("smol-w4a16-g64-sym", "triton", tmp_path)
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+    right = loading.Loader.modules
+
+    def watched(self: loading.Loader, name: str) -> loading.Modules:
+        nonlocal most
+        most = max(most, sum(one() is not None for one in alive))
+        made = right(self, name)
+        alive.extend(map(weakref.ref, made.values()))
+        return made
+
+    monkeypatch.setattr(loading.Loader, "modules", watched)
+    ctconvert.verify(out, kernels=True, device="cpu")
+    assert len(alive) >= 3
+    assert most <= 1
 
 
 @pytest.mark.parametrize("fuse", [False, True])

@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 
-from ctconvert import device as devices
-from ctconvert.runtime.loading import load
+from ctconvert.runtime.loading import Loader
 from ctconvert.runtime.modules import KernelLinear
 
 
-def median_seconds(call: Callable[[], Any], device: torch.device) -> float:
+def median_seconds(call: Callable[[], Any], device: torch.device, graph: bool = True) -> float:
     """The median time of a call, on a GPU without the host's part and with a cold L2 cache.
 
     On CUDA the call is captured in a graph, as serving engines run it, so that launching from
-    Python is not what is measured.
+    Python is not what is measured; ``graph=False`` launches it.
     """
     if device.type == "cpu":
         call()
@@ -32,7 +31,7 @@ def median_seconds(call: Callable[[], Any], device: torch.device) -> float:
         return statistics.median(runs)
     from triton.testing import do_bench
 
-    if device.type == "cuda":
+    if graph and device.type == "cuda":
         call = _captured(call, device)
     milliseconds: float = do_bench(call, return_mode="median")
     return milliseconds / 1e3
@@ -55,7 +54,8 @@ def ceilings(device: torch.device) -> tuple[float, float]:
     large = device.type != "cpu"
     source = torch.empty((1 << 30) if large else (1 << 27), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = 2 * source.nbytes / median_seconds(partial(target.copy_, source), device)
+    # Not in a graph, where a copy becomes a node of another kind, which is slower.
+    copy = 2 * source.nbytes / median_seconds(partial(target.copy_, source), device, graph=False)
     del source, target
     size = 8192 if large else 1024
     a = torch.randn((size, size), dtype=torch.bfloat16, device=device)
@@ -64,7 +64,7 @@ def ceilings(device: torch.device) -> tuple[float, float]:
 
 
 def bench(out: Path, device: str, rows: tuple[int, ...]) -> dict[str, Any]:
-    """Times the kernel of every distinct shape of a converted checkpoint.
+    """Times the kernel of every distinct shape of a converted checkpoint, one module at a time.
 
     Args:
         out: a converted checkpoint.
@@ -75,49 +75,62 @@ def bench(out: Path, device: str, rows: tuple[int, ...]) -> dict[str, Any]:
         the device's measured limits and a row for each shape and M: seconds, achieved bytes/s and
         flop/s, the roofline's floor in seconds, and the time of a dense bf16 matmul of that shape.
     """
-    place = devices.resolve(device)
-    copy, matmul = ceilings(place)
-    found: dict[tuple[Any, ...], tuple[str, KernelLinear]] = {}
-    for name, module in load(out, device).items():
-        if isinstance(module, KernelLinear):
-            spec = module.binding.spec
-            key = (module.binding.layout, spec.n, spec.k, spec.bits, spec.group_size)
-            found.setdefault(key, (name, module))
     measured = []
-    for name, module in found.values():
-        spec = module.binding.spec
-        dense = torch.randn((spec.k, spec.n), dtype=torch.bfloat16, device=place)
-        half = spec.scale_dtype == "F16" or spec.element == "F16"
-        dtype = torch.float16 if half else torch.bfloat16
-        weight_bytes = sum(tensor.nbytes for tensor in module.tensors().values())
-        for m in rows:
-            x = torch.randn((m, spec.k), dtype=dtype, device=place)
-            seconds = median_seconds(partial(module, x), place)
-            plain = median_seconds(partial(torch.matmul, x.bfloat16(), dense), place)
-            moved = weight_bytes + 2 * m * (spec.k + spec.n)
-            flops = 2 * m * spec.n * spec.k
-            measured.append(
-                {
-                    "layout": module.binding.layout,
-                    "weights": spec.label,
-                    "module": name,
-                    "n": spec.n,
-                    "k": spec.k,
-                    "m": m,
-                    "seconds": seconds,
-                    "bytes_per_second": moved / seconds,
-                    "flops": flops / seconds,
-                    "intensity": flops / moved,
-                    "floor_seconds": max(moved / copy, flops / matmul),
-                    "dense_seconds": plain,
-                }
-            )
+    with Loader(out, device) as loader:
+        limits = ceilings(loader.device)
+        seen = set()
+        for whole, binding in loader.bindings.items():
+            spec = binding.spec
+            key = (binding.layout, spec.n, spec.k, spec.label)
+            if spec.embedding or key in seen:
+                continue
+            seen.add(key)
+            name, module = next(iter(loader.modules(whole).items()))
+            assert isinstance(module, KernelLinear)
+            measured += _bench_linear(name, module, rows, loader.device, limits)
     return {
-        "device": _name(place),
-        "copy_bytes_per_second": copy,
-        "matmul_flops": matmul,
+        "device": _name(loader.device),
+        "copy_bytes_per_second": limits[0],
+        "matmul_flops": limits[1],
         "rows": measured,
     }
+
+
+def _bench_linear(
+    name: str,
+    module: KernelLinear,
+    rows: tuple[int, ...],
+    device: torch.device,
+    limits: tuple[float, float],
+) -> list[dict[str, Any]]:
+    spec = module.binding.spec
+    dense = torch.randn((spec.k, spec.n), dtype=torch.bfloat16, device=device)
+    dtype = torch.float16 if "F16" in (spec.scale_dtype, spec.element) else torch.bfloat16
+    weight_bytes = sum(tensor.nbytes for tensor in module.tensors().values())
+    measured = []
+    for m in rows:
+        x = torch.randn((m, spec.k), dtype=dtype, device=device)
+        seconds = median_seconds(partial(module, x), device)
+        plain = median_seconds(partial(torch.matmul, x.bfloat16(), dense), device)
+        moved = weight_bytes + 2 * m * (spec.k + spec.n)
+        flops = 2 * m * spec.n * spec.k
+        measured.append(
+            {
+                "layout": module.binding.layout,
+                "weights": spec.label,
+                "module": name,
+                "n": spec.n,
+                "k": spec.k,
+                "m": m,
+                "seconds": seconds,
+                "bytes_per_second": moved / seconds,
+                "flops": flops / seconds,
+                "intensity": flops / moved,
+                "floor_seconds": max(moved / limits[0], flops / limits[1]),
+                "dense_seconds": plain,
+            }
+        )
+    return measured
 
 
 def _name(device: torch.device) -> str:

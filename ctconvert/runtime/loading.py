@@ -25,29 +25,6 @@ from ctconvert.verification import Output
 Modules = dict[str, KernelLinear | KernelEmbedding]
 
 
-class _Tensors:
-    """Tensors by name, from mapped files straight to the device."""
-
-    def __init__(self, folder: Path, files: list[str], device: torch.device) -> None:
-        self._stack = ExitStack()
-        self._device = device
-        place = str(device) if device.type != "cpu" else "cpu"
-        self._files = {
-            name: self._stack.enter_context(safe_open(folder / name, "pt", device=place))
-            for name in files
-        }
-
-    def __enter__(self) -> _Tensors:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def get(self, name: str, file: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._files[file].get_tensor(name)
-        return tensor
-
-
 def bindings(output: Output) -> dict[str, Binding]:
     """What each converted module is, from the manifest and the original quantization_config.
 
@@ -66,11 +43,8 @@ def bindings(output: Output) -> dict[str, Binding]:
     return found
 
 
-def load(out: str | Path, device: str = "auto") -> Modules:
-    """The converted modules of a checkpoint, by name, ready to be called.
-
-    Tensors go from the file to the device once; on the CPU they stay mapped. The expert ``e`` of a
-    3-D module is under ``NAME.e``.
+class Loader:
+    """A converted checkpoint, open: its modules and tensors, read straight to the device by name.
 
     Args:
         out: a converted checkpoint.
@@ -80,32 +54,84 @@ def load(out: str | Path, device: str = "auto") -> Modules:
         UsageError: there is no such directory or device.
         VerificationError: the manifest is damaged or does not fit the files.
     """
-    output = Output(Path(out))
-    files = [name for name in output.manifest["files"] if name.endswith(".safetensors")]
-    with _Tensors(output.folder, files, devices.resolve(device)) as tensors:
-        return _modules(output, tensors)
 
+    def __init__(self, out: str | Path, device: str = "auto") -> None:
+        self.output = Output(Path(out))
+        self.device = devices.resolve(device)
+        self.bindings = bindings(self.output)
+        self._stack = ExitStack()
+        self._files = {
+            name: self._stack.enter_context(
+                safe_open(self.output.folder / name, "pt", device=str(self.device))
+            )
+            for name in self.output.manifest["files"]
+            if name.endswith(".safetensors")
+        }
 
-def _modules(output: Output, source: _Tensors) -> Modules:
-    found: Modules = {}
-    for name, binding in bindings(output).items():
-        record = output.manifest["modules"][name]
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every converted module."""
+        modules, tensors = self.output.manifest["modules"], self.output.tensors
+        return {
+            name: sum(tensors[full].nbytes for full in record["tensors"])
+            for name, record in modules.items()
+        }
+
+    def tensor(self, name: str, file: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[file].get_tensor(name)
+        return tensor
+
+    def modules(self, name: str) -> Modules:
+        """The modules of one converted module: itself, or ``NAME.e`` for each expert of a 3-D one.
+
+        Tensors go from the file to the device once; on the CPU they stay mapped.
+        """
+        binding, record = self.bindings[name], self.output.manifest["modules"][name]
         beside = {local for part in record["parts"] for local in part["beside"]}
         tensors, bias = {}, None
         for full, entry in record["tensors"].items():
             local = full.rpartition(".")[2]
             if local in beside:
-                bias = source.get(full, entry["file"]) if local == "bias" else bias
+                bias = self.tensor(full, entry["file"]) if local == "bias" else bias
             else:
-                tensors[local] = source.get(full, entry["file"])
+                tensors[local] = self.tensor(full, entry["file"])
         kind = KernelEmbedding if binding.spec.embedding else KernelLinear
         if record["experts"] is None:
-            found[name] = kind(binding, tensors, bias)
-            continue
+            return {name: kind(binding, tensors, bias)}
+        found: Modules = {}
         for index in range(record["experts"]):
             one = {local: tensor[index] for local, tensor in tensors.items()}
             found[f"{name}.{index}"] = kind(binding, one, None if bias is None else bias[index])
-    return found
+        return found
+
+
+def load(out: str | Path, device: str = "auto") -> Modules:
+    """The converted modules of a checkpoint, by name, ready to be called.
+
+    Tensors go from the file to the device once; on the CPU they stay mapped. The expert ``e`` of a
+    3-D module is under ``NAME.e``. :class:`Loader` gives them one at a time.
+
+    Args:
+        out: a converted checkpoint.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``.
+
+    Raises:
+        UsageError: there is no such directory or device.
+        VerificationError: the manifest is damaged or does not fit the files.
+    """
+    with Loader(out, device) as loader:
+        return _all_modules(loader)
+
+
+def _all_modules(loader: Loader) -> Modules:
+    return {
+        name: module for whole in loader.bindings for name, module in loader.modules(whole).items()
+    }
 
 
 @contextmanager
@@ -142,10 +168,14 @@ def load_model(
         ConversionError: transformers' model has no place for a tensor, or one is left empty.
         UsageError, VerificationError: as :func:`load`.
     """
+    with Loader(out, device) as loader:
+        return _model(loader, dtype)
+
+
+def _model(loader: Loader, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    output = Output(Path(out))
-    place = devices.resolve(device)
+    output = loader.output
     raw = json.loads((output.folder / "config.json").read_bytes())
     if found := config_of_method(raw, "ctconvert"):
         raw = with_config(raw, found[0], None)
@@ -158,17 +188,15 @@ def load_model(
     wanted = dtype or getattr(config, "dtype", None) or torch.bfloat16
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=wanted)
-    files = [name for name in output.manifest["files"] if name.endswith(".safetensors")]
-    with _Tensors(output.folder, files, place) as tensors:
-        modules = _modules(output, tensors)
-        _put_modules(model, output, modules)
-        for name, entry in output.manifest["tensors"].items():
-            _put_tensor(model, name, tensors.get(name, entry["file"]), wanted)
+    modules = _all_modules(loader)
+    _put_modules(model, output, modules)
+    for name, entry in output.manifest["tensors"].items():
+        _put_tensor(model, name, loader.tensor(name, entry["file"]), wanted)
     _tie(model, modules)
     empty = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if empty:
         raise ConversionError(f"{output.folder}: holds no tensor for {empty[0]} of the model")
-    model.eval().to(place)
+    model.eval().to(loader.device)
     tokenizer = None
     if (output.folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(output.folder)

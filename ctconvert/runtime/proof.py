@@ -14,7 +14,7 @@ import torch
 
 from ctconvert.errors import VerificationError
 from ctconvert.progress import Progress
-from ctconvert.runtime.loading import load
+from ctconvert.runtime.loading import Loader
 from ctconvert.runtime.modules import KernelEmbedding, KernelLinear
 
 #: Largest ||kernel - reference|| / ||reference|| by layout. 16-bit outputs round at 2^-9 (bf16);
@@ -98,11 +98,18 @@ def _fake_quantised(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor
     return (x / step).round().clamp(-128, 127) * step
 
 
+#: Rows of the weight that are float64 at a time.
+_BLOCK_ROWS = 4096
+
+
 def _check_linear(module: KernelLinear, dtype: torch.dtype, device: torch.device) -> Worst:
-    weight = module.dequantize().double()
+    weight = module.dequantize()
+    cases = inputs(module.in_features, dtype, device)
+    quantised = torch.cat([_quantised_activations(module, x) for x in cases.values()])
+    blocks = [quantised @ rows.double().t() for rows in weight.split(_BLOCK_ROWS)]
+    products = torch.cat(blocks, dim=1).split([len(x) for x in cases.values()])
     worst = Worst()
-    for case, x in inputs(module.in_features, dtype, device).items():
-        expected = _quantised_activations(module, x) @ weight.t()
+    for (case, x), expected in zip(cases.items(), products, strict=True):
         if module.bias is not None:
             expected = expected + module.bias.double()
         if module.binding.spec.family == "wna8o8":
@@ -114,13 +121,13 @@ def _check_linear(module: KernelLinear, dtype: torch.dtype, device: torch.device
 
 
 def _check_embedding(module: KernelEmbedding, device: torch.device) -> Worst:
-    weight = module.dequantize().double()
+    weight = module.dequantize()
     made = torch.Generator().manual_seed(module.num_embeddings)
     worst = Worst()
     for count in ROWS:
         ids = torch.randint(module.num_embeddings, (count,), generator=made).to(device)
         ids[0], ids[-1] = 0, module.num_embeddings - 1
-        error = _error(module(ids).double(), weight[ids])
+        error = _error(module(ids).double(), weight[ids].double())
         if not error <= worst.error:
             worst.error, worst.case = error, f"{count} ids"
     return worst
@@ -133,6 +140,32 @@ def _error(made: torch.Tensor, expected: torch.Tensor) -> float:
     if norm == 0.0:
         return 0.0 if difference == 0.0 else float("inf")
     return difference / norm
+
+
+def _check(
+    name: str,
+    module: KernelLinear | KernelEmbedding,
+    dtype: torch.dtype,
+    device: torch.device,
+    worst: dict[str, Worst],
+) -> None:
+    """Runs one module and notes its error under its layout."""
+    binding = module.binding
+    if isinstance(module, KernelEmbedding):
+        found = _check_embedding(module, device)
+    else:
+        half = "F16" in (binding.spec.scale_dtype, binding.spec.element)
+        found = _check_linear(module, torch.float16 if half else dtype, device)
+    tolerance = TOLERANCE[binding.layout]
+    if not found.error <= tolerance:
+        raise VerificationError(
+            f"module {name}: the {binding.layout} kernel is off by {found.error:.2e} "
+            f"({found.case}), more than the tolerance {tolerance:.0e}"
+        )
+    seen = worst.setdefault(binding.layout, Worst())
+    seen.modules += 1
+    if found.error >= seen.error:
+        seen.error, seen.module, seen.case = found.error, name, found.case
 
 
 def verify_kernels(
@@ -152,33 +185,15 @@ def verify_kernels(
     Raises:
         VerificationError: a kernel is off by more than its layout's tolerance.
     """
-    modules = load(out, device)
-    sizes = {
-        name: sum(tensor.nbytes for tensor in module.tensors().values())
-        for name, module in modules.items()
-    }
-    progress.phase("running", sum(sizes.values()))
     worst: dict[str, Worst] = {}
-    for name, module in modules.items():
-        place = next(iter(module.tensors().values())).device
-        if isinstance(module, KernelEmbedding):
-            found = _check_embedding(module, place)
-        else:
-            scale = module.binding.spec.scale_dtype
-            half = scale == "F16" or module.binding.spec.element == "F16"
-            found = _check_linear(module, torch.float16 if half else dtype, place)
-        layout = module.binding.layout
-        tolerance = TOLERANCE[layout]
-        if not found.error <= tolerance:
-            raise VerificationError(
-                f"module {name}: the {layout} kernel is off by {found.error:.2e} ({found.case}), "
-                f"more than the tolerance {tolerance:.0e}"
-            )
-        seen = worst.setdefault(layout, Worst())
-        seen.modules += 1
-        if found.error >= seen.error:
-            seen.error, seen.module, seen.case = found.error, name, found.case
-        progress.advance(sizes[name])
+    with Loader(out, device) as loader:
+        sizes = loader.sizes()
+        progress.phase("running", sum(sizes.values()))
+        for whole in loader.bindings:
+            # One at a time: memory is bounded by the largest, whatever the checkpoint's size.
+            for name, module in loader.modules(whole).items():
+                _check(name, module, dtype, loader.device, worst)
+            progress.advance(sizes[whole])
     return {
         layout: {
             "modules": seen.modules,
