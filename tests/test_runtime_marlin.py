@@ -15,7 +15,7 @@ from ctconvert.runtime.kernels.marlin import (
     marlin_mxfp4_dequantize,
     marlin_mxfp4_gemm,
 )
-from ctconvert.runtime.kernels.marlin_triton import Config
+from ctconvert.runtime.kernels.marlin_triton import Config, Dense
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GOLDEN = Path(__file__).parent / "golden"
@@ -178,12 +178,14 @@ def test_reference_equals_the_naive_weight(
         (WIDE, 32),
         (WIDE, 64),
         (WIDE, 96),
+        (Dense(), -1),
+        (Dense(), 48),
     ],
 )
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zero_point", [False, True])
 def test_triton_equals_the_reference(
-    bits: int, group_size: int, zero_point: bool, config: Config
+    bits: int, group_size: int, zero_point: bool, config: Config | Dense
 ) -> None:
     torch.manual_seed(group_size)
     n, k = 192, 192  # N is no multiple of 128, K none of 128
@@ -208,6 +210,37 @@ def test_activations_anywhere_in_memory(start: int, m: int) -> None:
     x = torch.randn(start + m * 64, device=DEVICE).half()[start:].view(m, 64)
     out = marlin_triton.gemm(x, *on_device(qweight, scales, None, None, None), 4, 32, config=SMALL)
     assert relative_error(out, x.double().cpu() @ weight.t()) < 1e-3
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"), [(192, 96, 48), (64, 192, -1), (128, 272, 16), (64, 384, 128)]
+)
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_triton_dequantises_exactly(
+    bits: int, n: int, k: int, group_size: int, zero_point: bool
+) -> None:
+    torch.manual_seed(k)
+    qweight, scales, qzeros, weight = make(bits, n, k, group_size, zero_point, torch.float16)
+    group = 0 if scales.shape[0] == 1 else group_size
+    arguments = on_device(qweight, scales, qzeros)
+    shape = {"n": n, "k": k, "kind": bits, "group": group}
+    exact = marlin_triton.dequantize(*arguments, **shape, dtype=torch.float32)
+    assert torch.equal(exact.cpu().double(), weight)
+    rounded = marlin_triton.dequantize(*arguments, **shape, dtype=torch.bfloat16)
+    assert torch.equal(rounded.cpu(), weight.bfloat16())
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_triton_dequantises_mxfp4_exactly() -> None:
+    torch.manual_seed(0)
+    n, k = 128, 160
+    words = naive_tiles(torch.randint(0, 16, (k, n)), 4)
+    scale = torch.randint(2, 254, (k // 32, n), dtype=torch.uint8)
+    shape = {"n": n, "k": k, "kind": 16, "group": 32, "dtype": torch.bfloat16}
+    made = marlin_triton.dequantize(*on_device(words, scale, None), **shape)
+    assert torch.equal(made.cpu().float(), marlin_mxfp4_dequantize(words, scale, n=n, k=k))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -424,14 +457,14 @@ def test_gpu_mxfp4(dtype: torch.dtype) -> None:
     weight = random_words(k // 16, n * 2)
     scale = torch.randint(115, 130, (k // 32, n), dtype=torch.uint8, device="cuda")
     dense = marlin_mxfp4_dequantize(weight, scale, n=n, k=k).double()
-    for m in (1, 16, 50, 300):
+    for m in (1, 16, 50, 300, 700):
         x = torch.randn(m, k, device="cuda").to(dtype)
         out = marlin_mxfp4_gemm(x, weight, scale, n=n, k=k)
         assert relative_error(out, x.double() @ dense.t()) < 4e-3
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 300])
+@pytest.mark.parametrize("m", [1, 300, 600])
 def test_gpu_graph_and_compile(m: int) -> None:
     n, k = 512, 1024
     qweight = random_words(k // 16, n * 2)

@@ -326,7 +326,8 @@ def marlin_gemm(
 
     The custom op is ``ctconvert::marlin_gemm``. On a CPU it is
     :func:`marlin_gemm_reference`; elsewhere a Triton kernel that reads the tiles directly and
-    rounds the dequantised weight to x's dtype, as Marlin does.
+    rounds the dequantised weight to x's dtype, as Marlin does; for many rows of x one pass
+    dequantises into a temporary [N, K] before torch's product.
 
     Args:
         x: f16 or bf16 [..., K].

@@ -30,6 +30,7 @@ from ctconvert.runtime.kernels._common import (
     has_large_shared_memory,
     multiprocessors,
 )
+from ctconvert.runtime.kernels.fake_quant_triton import narrow
 
 _E2M1 = tl.constexpr(16)  # KIND of the weight's codes: a 4-bit float, or an integer of BITS bits
 
@@ -317,6 +318,76 @@ def _sum_splits(
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _dequantize_kernel(
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    out_ptr,
+    N,
+    K,
+    GROUP: tl.constexpr,  # as in _gemm
+    KIND: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    KT: tl.constexpr,  # 16-row tiles a program takes
+    GT: tl.constexpr,
+):
+    """64 columns of KT tiles of 16 rows, as [64 of N, KT * 16 of K] in out's dtype."""
+    BITS: tl.constexpr = 8 if KIND == 8 else 4
+    RUN: tl.constexpr = 32 if BITS == 4 else 64
+    Q: tl.constexpr = KT * 4
+    KB: tl.constexpr = KT * 16
+    block = tl.program_id(1)
+    step = tl.program_id(0)
+    r = tl.arange(0, RUN)
+    q = tl.arange(0, Q)
+    in_tile = block * (32 * BITS) + r // BITS * (4 * BITS) + r % BITS
+    tile = step * KT + q // 4
+    at = tile.to(tl.int64)[None, :] * (N * BITS // 2) + (in_tile[:, None] + q % 4 * BITS)
+    words = tl.load(w_ptr + at, mask=(tile < K // 16)[None, :], other=0)
+    words = words.to(tl.uint32, bitcast=True)
+    row = block * RUN + r
+    s0, s1, z0, z1 = _load_group(s_ptr, z_ptr, step, N, K, row, GROUP, KIND, HAS_ZERO, KB, GT)
+    s0 = _spread(s0, RUN, GT, Q)
+    s1 = _spread(s1, RUN, GT, Q)
+    z0 = _spread(z0, RUN, GT, Q)
+    z1 = _spread(z1, RUN, GT, Q)
+    n = tl.arange(0, 64)
+    if GROUP == 0:
+        stored = n // 32 * 32 + n % 8 // 2 * 8 + n % 32 // 8 * 2 + n % 2
+        whole = tl.load(s_ptr + block * 64 + stored).to(tl.float32)
+    # values[n3][k3][k0]; the joins append the axes k0 and k3, then n3.
+    if KIND == _E2M1:
+        low = tl.join(_e2m1_values(words, 0) * s0, _e2m1_values(words, 16) * s0)
+        high = tl.join(_e2m1_values(words, 4) * s0, _e2m1_values(words, 20) * s0)
+        first = tl.join(low, high)
+        low = tl.join(_e2m1_values(words, 8) * s1, _e2m1_values(words, 24) * s1)
+        high = tl.join(_e2m1_values(words, 12) * s1, _e2m1_values(words, 28) * s1)
+        second = tl.join(low, high)
+    elif KIND == 4:
+        low = tl.join(_int_values(words, 0, 4, s0, z0), _int_values(words, 16, 4, s0, z0))
+        high = tl.join(_int_values(words, 4, 4, s0, z0), _int_values(words, 20, 4, s0, z0))
+        first = tl.join(low, high)
+        low = tl.join(_int_values(words, 8, 4, s1, z1), _int_values(words, 24, 4, s1, z1))
+        high = tl.join(_int_values(words, 12, 4, s1, z1), _int_values(words, 28, 4, s1, z1))
+        second = tl.join(low, high)
+    else:
+        low = tl.join(_int_values(words, 0, 8, s0, z0), _int_values(words, 16, 8, s0, z0))
+        high = tl.join(_int_values(words, 8, 8, s0, z0), _int_values(words, 24, 8, s0, z0))
+        first = tl.join(low, high)
+    if BITS == 4:  # rows (n2 n1 n0, n5 n4), columns (tile, k2 k1), k0, k3, n3
+        values = tl.reshape(tl.join(first, second), [8, 4, KT, 4, 2, 2, 2])
+        values = tl.permute(values, (1, 6, 0, 2, 5, 3, 4))
+    else:  # rows (n2 n1 n0, n5 n4 n3), columns (tile, k2 k1), k0, k3
+        values = tl.permute(tl.reshape(first, [8, 8, KT, 4, 2, 2]), (1, 0, 2, 5, 3, 4))
+    values = tl.reshape(values, [64, KB])
+    if GROUP == 0:
+        values *= whole[:, None]
+    k = step * KB + tl.arange(0, KB)
+    out = out_ptr + (block * 64 + n).to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(out, narrow(values, out_ptr.dtype.element_ty), mask=(k < K)[None, :])
+
+
 class Config(NamedTuple):
     """Tile of one program (tokens, columns, 16-row tiles a step) and how it is run."""
 
@@ -326,6 +397,14 @@ class Config(NamedTuple):
     warps: int
     stages: int
     splits: int
+
+
+class Dense(NamedTuple):
+    """Dequantise to [N, K] in x's dtype, then torch's product."""
+
+
+#: More rows of x than one tile has: one pass that dequantises costs less than doing it for each.
+DENSE_ROWS = 129
 
 
 def _choose(m: int, n: int, k: int, kind: int, device: torch.device) -> Config:
@@ -345,6 +424,46 @@ def _choose(m: int, n: int, k: int, kind: int, device: torch.device) -> Config:
     # multiprocessors already, shorter programs that fill the last round better.
     splits = 4 if m <= 32 and tiles > sms else 2 * sms // tiles
     return config._replace(splits=max(1, min(splits, steps // 4, 8)))
+
+
+def dequantize(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zeros: torch.Tensor | None,
+    *,
+    n: int,
+    k: int,
+    kind: int,
+    group: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The weight [N, K] in ``dtype``, K in the order of the tiles; arguments as of the kernels."""
+    out = torch.empty((n, k), dtype=dtype, device=weight.device)
+    tiles = 8
+    with device_guard(weight):
+        _dequantize_kernel[(triton.cdiv(k, tiles * 16), n // 64)](
+            weight,
+            scale,
+            zeros if zeros is not None else weight,
+            out,
+            n,
+            k,
+            GROUP=group,
+            KIND=kind,
+            HAS_ZERO=zeros is not None,
+            KT=tiles,
+            GT=_groups_told_apart(group, tiles),
+            num_warps=4,
+        )
+    return out
+
+
+def _groups_told_apart(group: int, tiles: int) -> int:
+    """Scale groups that ``tiles`` 16-row tiles may meet; 2 at least, see :func:`_matmul`."""
+    rows = tiles * 16
+    if group == 0 or group % rows == 0:
+        return 2
+    return max(2, rows // group) if rows % group == 0 else tiles
 
 
 def _permuted(x: torch.Tensor, index: torch.Tensor | None, parts: int) -> torch.Tensor:
@@ -377,7 +496,7 @@ def _matmul(
     n: int,
     kind: int,
     group: int,
-    config: Config | None,
+    config: Config | Dense | None,
 ) -> torch.Tensor:
     k = x.shape[-1]
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
@@ -387,19 +506,23 @@ def _matmul(
         return out
     parts = 2 if kind == 16 and x.dtype == torch.float16 else 1
     if config is None:
-        config = _choose(m * parts, n, k, kind, x.device)
+        # An f16 x against MXFP4 is two bf16 parts, whose products must be added in float32.
+        many = m >= DENSE_ROWS and parts == 1
+        config = Dense() if many else _choose(m * parts, n, k, kind, x.device)
+    if isinstance(config, Dense):
+        dense = dequantize(
+            weight, scale, zeros, n=n, k=k, kind=kind, group=group, dtype=x.dtype
+        ).t()
+        if index is not None:
+            x = x.index_select(1, index)
+        if bias is None:
+            torch.mm(x, dense, out=out.view(m, n))
+        else:
+            torch.addmm(bias, x, dense, out=out.view(m, n))
+        return out
     tile = config.tiles_k * 16
     steps = triton.cdiv(triton.cdiv(k, tile), config.splits)
     splits = triton.cdiv(triton.cdiv(k, tile), steps)
-    if group == 0 or group % tile == 0:
-        # One group would do, but a single column of scales would be broadcast straight into the
-        # dot product's operand; carried through the loop in another register layout, it makes
-        # the compiler pass the whole weight through shared memory.
-        groups = 2
-    elif tile % group == 0:
-        groups = max(2, tile // group)
-    else:
-        groups = config.tiles_k
     partial = splits * parts > 1
     target = out
     if partial:
@@ -427,7 +550,11 @@ def _matmul(
             BM=config.block_m,
             BN=config.block_n,
             KT=config.tiles_k,
-            GT=groups,
+            # One group would do where a tile has one, but a single column of scales would be
+            # broadcast straight into the dot product's operand; carried through the loop in
+            # another register layout, it makes the compiler pass the whole weight through shared
+            # memory.
+            GT=_groups_told_apart(group, config.tiles_k),
             WIDE=x.device.type == "cpu",
             num_warps=config.warps,
             num_stages=config.stages,
@@ -457,7 +584,7 @@ def gemm(
     bias: torch.Tensor | None,
     bits: int,
     group_size: int,
-    config: Config | None = None,
+    config: Config | Dense | None = None,
 ) -> torch.Tensor:
     """:func:`ctconvert.runtime.kernels.marlin.marlin_gemm` on arguments already checked."""
     n = scales.shape[1]
@@ -470,7 +597,7 @@ def mxfp4_gemm(
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
-    config: Config | None = None,
+    config: Config | Dense | None = None,
 ) -> torch.Tensor:
     """:func:`ctconvert.runtime.kernels.marlin.marlin_mxfp4_gemm` on arguments already checked."""
     return _matmul(x, weight, scale, None, None, bias, scale.shape[1], 16, 32, config)
