@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from triton.testing import do_bench
 
+from ctconvert.runtime.benchmark import ceilings, median_seconds
 from ctconvert.runtime.kernels.gather import (
     embedding_gather,
     embedding_gather_reference,
@@ -24,29 +24,10 @@ VOCABULARY = 131072
 GROUP = 128
 
 
-def median_us(function: Any) -> float:
-    """Median time of one launch in a CUDA graph, the L2 cache flushed before each."""
-    function()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return float(do_bench(graph.replay, warmup=10, rep=50, return_mode="median")) * 1e3
-
-
-def copy_bandwidth(device: str) -> float:
-    """TB/s of a device copy of 1 GiB, bytes read and written."""
-    source = torch.randint(0, 2**31, (2**28,), dtype=torch.int32, device=device)
-    target = torch.empty_like(source)
-    # Not in a graph: there the copy becomes a node of its own kind, which is slower.
-    copy = partial(target.copy_, source)
-    ms = float(do_bench(copy, warmup=10, rep=100, return_mode="median"))
-    return 2 * source.nbytes / ms / 1e9
-
-
-def measure(device: str = "cuda") -> list[dict[str, Any]]:
+def measure(device: torch.device) -> list[dict[str, Any]]:
     """One row for each case; raises if a case is not exact."""
     torch.manual_seed(0)
-    copy = copy_bandwidth(device)
+    copy = ceilings(device)[0] / 1e12
     rows = []
     cases = [
         *itertools.product((4,), (4096, 8192), (GROUP, 0), (256, 65536)),
@@ -65,7 +46,8 @@ def measure(device: str = "cuda") -> list[dict[str, Any]]:
         expected = embedding_gather_reference(some, table, scale, **arguments)
         if not torch.equal(embedding_gather(some, table, scale, **arguments), expected):
             raise AssertionError(f"bits {bits}, hidden {hidden}: not the reference's values")
-        us = median_us(partial(embedding_gather, ids, table, scale, **arguments))
+        call = partial(embedding_gather, ids, table, scale, **arguments)
+        us = median_seconds(call, device) * 1e6
         moved = count * (words * 4 + groups * 2 + hidden * 2 + 8)
         rows.append(
             {
@@ -92,4 +74,4 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     print(torch.cuda.get_device_name())
-    print_table(measure())
+    print_table(measure(torch.device("cuda")))

@@ -8,13 +8,12 @@ and the operations over the bf16 rate of a large dense matmul, both measured in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from triton.testing import do_bench
 
+from ctconvert.runtime.benchmark import ceilings, median_seconds
 from ctconvert.runtime.kernels.marlin import (
     marlin_dequantize,
     marlin_gemm,
@@ -27,36 +26,14 @@ TOKENS = [1, 16, 64, 256, 1024, 4096]
 GROUP = 128
 
 
-def median_us(function: Callable[[], Any], graph: bool = True) -> float:
-    """Median time, the L2 cache flushed before each run; in a CUDA graph or launched one by one."""
-    function()
-    run = function
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            function()
-        run = captured.replay
-    return float(do_bench(run, warmup=10, rep=40, return_mode="median")) * 1e3
-
-
-def ceilings(device: str) -> tuple[float, float]:
-    """(TB/s of a device copy, TFLOP/s of a large bf16 matmul)."""
-    source = torch.randint(0, 2**31, (2**28,), dtype=torch.int32, device=device)
-    target = torch.empty_like(source)
-    # Not in a graph: there the copy becomes a node of its own kind, which is slower.
-    copy = 2 * source.nbytes / median_us(partial(target.copy_, source), graph=False) / 1e6
-    a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
-    return copy, 2 * 8192**3 / median_us(partial(torch.mm, a, b)) / 1e6
-
-
-def words(*shape: int, device: str) -> torch.Tensor:
+def words(*shape: int, device: torch.device) -> torch.Tensor:
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device)
 
 
-def measure(device: str = "cuda") -> list[dict[str, Any]]:
+def measure(device: torch.device) -> list[dict[str, Any]]:
     """One row for each case; raises if a case is not near the dense product."""
     torch.manual_seed(0)
-    copy, rate = ceilings(device)
+    bandwidth, rate = ceilings(device)
     rows = []
     for kind, shapes in (("int4", SHAPES), ("int8", SHAPES[3:]), ("mxfp4", SHAPES[3:])):
         for k, n in shapes:
@@ -78,20 +55,19 @@ def measure(device: str = "cuda") -> list[dict[str, Any]]:
                 error = float((gemm(x).float() - expected).norm() / expected.norm())
                 if not error < 5e-3:
                     raise AssertionError(f"{kind} {m} x {n} x {k}: error {error}")
-                us = median_us(partial(gemm, x))
+                seconds = median_seconds(partial(gemm, x), device)
                 moved = qweight.nbytes + scale.nbytes + 2 * m * (k + n)
-                floor = max(moved / copy / 1e6, 2 * m * n * k / rate / 1e6)
+                flops = 2 * m * n * k
                 rows.append(
                     {
                         "weight": kind,
                         "K x N": f"{k} x {n}",
                         "M": m,
-                        "us": round(us, 1),
-                        "eager us": round(median_us(partial(gemm, x), graph=False), 1),
-                        "dense bf16 us": round(median_us(product), 1),
-                        "floor us": round(floor, 1),
-                        "TB/s": round(moved / us / 1e6, 2),
-                        "TFLOP/s": round(2 * m * n * k / us / 1e6, 1),
+                        "us": round(seconds * 1e6, 1),
+                        "dense us": round(median_seconds(product, device) * 1e6, 1),
+                        "floor us": round(max(moved / bandwidth, flops / rate) * 1e6, 1),
+                        "TB/s": round(moved / seconds / 1e12, 2),
+                        "TFLOP/s": round(flops / seconds / 1e12, 1),
                     }
                 )
     return rows
@@ -107,4 +83,4 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     print(torch.cuda.get_device_name())
-    print_table(measure())
+    print_table(measure(torch.device("cuda")))

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from triton.testing import do_bench
 
+from ctconvert.runtime.benchmark import median_seconds
 from ctconvert.runtime.kernels import scaled_mm_triton
 from ctconvert.runtime.kernels.scaled_mm import (
     quantize_per_token,
@@ -26,13 +26,8 @@ TOKENS = [1, 16, 64, 256, 1024, 4096]
 NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "f8"}
 
 
-def median_us(function: Callable[[], Any]) -> float:
-    """Median time of the launches in a CUDA graph, the L2 cache flushed before each."""
-    function()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return float(do_bench(graph.replay, warmup=10, rep=40, return_mode="median")) * 1e3
+def _us(call: Callable[[], Any], device: torch.device) -> float:
+    return median_seconds(call, device) * 1e6
 
 
 def torch_product(
@@ -51,7 +46,7 @@ def torch_product(
     )
 
 
-def measure(device: str = "cuda") -> list[dict[str, Any]]:
+def measure(device: torch.device) -> list[dict[str, Any]]:
     """One row for each case; raises if a case is not near the reference."""
     torch.manual_seed(0)
     rows = []
@@ -73,18 +68,18 @@ def measure(device: str = "cuda") -> list[dict[str, Any]]:
                 error = float((out.float() - expected).norm() / expected.norm())
                 if not error < 4e-3:
                     raise AssertionError(f"{NAMES[dtype]} {m} x {n} x {k}: error {error}")
-        us = median_us(partial(scaled_mm, *operands, out_dtype=out_dtype))
+        us = _us(partial(scaled_mm, *operands, out_dtype=out_dtype), device)
         forced = partial(scaled_mm_triton.scaled_mm, *operands, *extra, config=config)
         has_torch = torch_product(*operands) is not None
-        torch_us = median_us(partial(torch_product, *operands)) if has_torch else None
-        quantise_us = median_us(partial(quantize_per_token, x, dtype))
+        torch_us = _us(partial(torch_product, *operands), device) if has_torch else None
+        quantise_us = _us(partial(quantize_per_token, x, dtype), device)
         rows.append(
             {
                 "type": NAMES[dtype],
                 "N x K": f"{n} x {k}",
                 "M": m,
                 "op us": round(us, 1),
-                "Triton us": round(median_us(forced), 1),
+                "Triton us": round(_us(forced, device), 1),
                 "torch us": "" if torch_us is None else round(torch_us, 1),
                 "TB/s": round((n * k + m * k + 2 * m * n) / us / 1e6, 2),
                 "TFLOP/s": round(2 * m * n * k / us / 1e6, 1),
@@ -105,4 +100,4 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     print(torch.cuda.get_device_name())
-    print_table(measure())
+    print_table(measure(torch.device("cuda")))

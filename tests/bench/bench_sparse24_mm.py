@@ -1,8 +1,8 @@
 """2:4 sparse matmul on CUTLASS against torch's dense matmul of the same shape and type.
 
 ``python tests/bench/bench_sparse24_mm.py`` prints a table. Each shape is first compared with the
-dense product in f32; a wrong result ends the run. Times are medians of
-``triton.testing.do_bench``, which clears the L2 cache before each run. Ours writes bf16 with
+dense product in f32; a wrong result ends the run. Times are medians, each call captured in a CUDA
+graph, the L2 cache flushed before each. Ours writes bf16 with
 per-row and (8-bit) per-token scales applied; the dense peers are ``torch.mm``, ``torch._scaled_mm``
 with per-tensor scales and ``use_fast_accum=True``, and ``torch._int_mm``, which writes i32 and
 takes no fewer than 17 tokens (32 are timed instead).
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ctconvert.runtime.benchmark import ceilings, median_seconds
 from ctconvert.runtime.kernels import sparse24
 from ctconvert.runtime.kernels.sparse24 import sparse24_mm
 from ctconvert.transforms.sparse24 import sm90_compress
@@ -23,20 +24,6 @@ from ctconvert.transforms.sparse24 import sm90_compress
 SHAPES = ((8192, 8192), (4096, 14336), (28672, 4096))  # N, K
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 DTYPES = (torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
-
-
-def _time(call: Callable[[], Any]) -> float:
-    from triton.testing import do_bench
-
-    milliseconds: float = do_bench(call, return_mode="median")
-    return milliseconds * 1e3
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Device-to-device copy in TB/s, bytes read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / _time(lambda: target.copy_(source)) / 1e6
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -100,7 +87,7 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
                 assert error < 5e-3, f"{dtype} {n} x {k} x {tokens}: relative error {error:.1e}"
                 variant = sparse24._VARIANTS[dtype.itemsize][sparse24.select(dtype, n, tokens)]
                 peer, call = _dense(x, dense)
-                ours_us, dense_us = _time(ours), _time(call)
+                ours_us, dense_us = (median_seconds(one, device) * 1e6 for one in (ours, call))
                 rows.append(
                     {
                         "type": str(dtype).removeprefix("torch."),
@@ -127,7 +114,7 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     torch.manual_seed(0)
     rows = measure(device)
-    print(f"{torch.cuda.get_device_name(device)}, copy {copy_bandwidth(device):.2f} TB/s")
+    print(f"{torch.cuda.get_device_name(device)}, copy {ceilings(device)[0] / 1e12:.2f} TB/s")
     print("| type | N x K | tokens | ours us | dense us | ratio | TB/s | TFLOP/s | error | tile |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:

@@ -472,12 +472,12 @@ def select(m: int, n: int, k: int, bits: int, group_size: int, multiprocessors: 
     if not part or m > (768 if wide_n else 384):
         return Dense()
     narrow, wide = {2: (2, 2), 4: (2, 4), 8: (4, 4)}[bits]  # 128 and 256 columns where they fit
+    if m <= 16 and n * k <= 1 << 24 and bits == 4:
+        return Tiles(FEWEST_ROWS if m <= 8 else 16, wide, part, 1, 8, 3, 1, True)
     if m <= 8:
         programs = 3 if wide_n or k <= 4096 else 2
         return Tiles(FEWEST_ROWS, wide, part, 1, 4, 3, programs, True)
     if m <= 16:
-        if not wide_n and k <= 4096 and bits == 4:
-            return Tiles(16, wide, part, 1, 8, 4, 1, True)
         return Tiles(16, wide, part, 1, 4, 4 if wide_n else 3, 2, True)
     half = min(part, 64)  # for the tiles that fill the registers
     if bits == 2 and m > 32:
