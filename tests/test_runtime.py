@@ -95,6 +95,27 @@ def test_a_wrong_kernel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "off by" in err
 
 
+@pytest.mark.parametrize("wrong", [1.0, float("nan")])
+def test_a_wrong_output_quantisation_is_found(
+    wrong: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right sums, but the quantised result a step off, or no number."""
+    out = converted("smol-w8a8o8-static-sym", "triton", tmp_path)
+    ctconvert.verify(out, kernels=True, device="cpu")
+    right = bindings.LINEAR["triton-wna16"]
+
+    def off(binding: Any, tensors: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
+        y = right(binding, tensors, x, bias)
+        if "output_scale" in tensors:
+            y[..., 0] += wrong * tensors["output_scale"].to(y.dtype)
+            y[0] += wrong * tensors["output_scale"].to(y.dtype)
+        return y
+
+    monkeypatch.setitem(bindings.LINEAR, "triton-wna16", off)
+    with pytest.raises(VerificationError, match=r"triton-wna16 kernel is off by"):
+        ctconvert.verify(out, kernels=True, device="cpu")
+
+
 def test_kernels_are_verified_one_module_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,15 @@ class KernelLinear(_Kernel):
         return self.binding.spec.widths
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return LINEAR[self.binding.layout](self.binding, self.tensors(), x.contiguous(), self.bias)
+        return self._run(self.tensors(), x)
+
+    def before_output_scale(self, x: torch.Tensor) -> torch.Tensor:
+        """y without the static quantisation of outputs, where the scheme has one."""
+        kept = {name: t for name, t in self.tensors().items() if name != "output_scale"}
+        return self._run(kept, x)
+
+    def _run(self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return LINEAR[self.binding.layout](self.binding, tensors, x.contiguous(), self.bias)
 
 
 class KernelEmbedding(_Kernel):

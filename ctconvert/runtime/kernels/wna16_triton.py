@@ -464,8 +464,7 @@ FEWEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) 
 def select(m: int, n: int, k: int, bits: int, group_size: int, multiprocessors: int) -> Config:
     """The kernel and its tiles for one problem on a Hopper GPU.
 
-    Measured for 4 bits, groups of 128, bf16 on an H200 (132 multiprocessors); other bit widths keep
-    the width of the tile.
+    Measured for groups of 128, bf16 on an H200 (132 multiprocessors).
     """
     part = next((p for p in (128, 64, 32, 16) if group_size % p == 0), 0)
     wide_n = n >= 128 * multiprocessors
@@ -475,7 +474,7 @@ def select(m: int, n: int, k: int, bits: int, group_size: int, multiprocessors: 
     if m <= 16 and n * k <= 1 << 24 and bits == 4:
         return Tiles(FEWEST_ROWS if m <= 8 else 16, wide, part, 1, 8, 3, 1, True)
     if m <= 8:
-        programs = 3 if wide_n or k <= 4096 else 2
+        programs = 3 if wide_n or k <= 4096 < n else 2
         return Tiles(FEWEST_ROWS, wide, part, 1, 4, 3, programs, True)
     if m <= 16:
         return Tiles(16, wide, part, 1, 4, 4 if wide_n else 3, 2, True)
@@ -486,6 +485,8 @@ def select(m: int, n: int, k: int, bits: int, group_size: int, multiprocessors: 
         return Tiles(32 if m <= 32 else 64, narrow, part, 1, 4, 3, 0 if wide_n else 2, False)
     if _ceil_div(n, 128) * _ceil_div(m, 128) >= 2 * multiprocessors:
         return Tiles(128, narrow, half, 1, 4, 3, 0, False)
+    if bits == 8 and m > 128:
+        return Dense()
     if n * k >= 1 << 25 and bits == 4:
         return Tiles(128, wide, half, 2, 8, 3, 1, False)
     return Tiles(64, narrow, part, 1, 4, 3, 2, False)
