@@ -9,15 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from builders import config_of, group_config, quantised, weight_args, write_checkpoint
+from builders import config_of, group_config, quantised, sparse24, weight_args, write_checkpoint
 from conftest import CHECKPOINTS, GPU
+from reference import load_tensors
+from safetensors.torch import save_file
 from test_cli import run
 from test_schemes import FRESH, REAL
 
 import ctconvert
-from ctconvert.errors import VerificationError
+from ctconvert.errors import ConversionError, UsageError, VerificationError
 from ctconvert.layouts import LAYOUTS
-from ctconvert.runtime import KernelEmbedding, KernelLinear, bindings, load, load_model, loading
+from ctconvert.runtime import (
+    KernelEmbedding,
+    KernelLinear,
+    bindings,
+    load,
+    load_model,
+    loading,
+    modules,
+    proof,
+)
 from ctconvert.runtime.proof import TOLERANCE
 
 #: One real checkpoint a layout; the slow ones of them are left to the GPU.
@@ -116,6 +127,59 @@ def test_a_wrong_output_quantisation_is_found(
         ctconvert.verify(out, kernels=True, device="cpu")
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_one_wrong_row_or_column_of_many_is_seen(axis: int) -> None:
+    """Nothing to see in the norm of the whole: 1 of 30000 columns."""
+    torch.manual_seed(0)
+    expected = torch.randn(64, 30000).double()
+    made = expected.bfloat16().double()
+    assert 1e-4 < proof._error(made, expected, expected) < 1e-2
+    made.select(1 - axis, 17).zero_()
+    assert (made - expected).norm() / expected.norm() < 0.2
+    assert proof._error(made, expected, expected) > 0.9
+
+
+def test_what_is_too_large_for_the_result_is_not_an_error(tmp_path: Path) -> None:
+    """float16 results past 65504 are infinite, as they should be."""
+    group = group_config(weight_args(4, 64))
+    made = quantised(64, 2048, group, 1, scale_dtype=torch.float16)
+    made["weight_scale"] = torch.full_like(made["weight_scale"], 0.5)
+    tensors = {f"model.down_proj.{local}": value for local, value in made.items()}
+    source = write_checkpoint(tmp_path / "in", tensors, config_of(group))
+    for target in ("triton", "cuda"):
+        ctconvert.repack(source, tmp_path / target, target=target, device="cpu")
+        ctconvert.verify(tmp_path / target, kernels=True, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["int4", "mxfp4", "fp8", "2:4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_bias_of_any_dtype(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    group = {
+        "int4": group_config(weight_args(4, 64)),
+        "mxfp4": group_config(weight_args(4, 32, kind="float"), format="mxfp4-pack-quantized"),
+        "fp8": group_config(weight_args(8, None, kind="float"), format="float-quantized"),
+        "2:4": {"weights": None},
+    }[kind]
+    config = config_of(group) if kind != "2:4" else {"quant_method": "compressed-tensors"}
+    if kind == "2:4":
+        config["sparsity_config"] = {
+            "format": "sparse-24-bitmask",
+            "targets": ["Linear"],
+            "ignore": ["lm_head"],
+        }
+        made = sparse24(192, 256, group, 1, torch.bfloat16)
+    else:
+        made = quantised(192, 256, group, 1)
+    made["bias"] = torch.randn(192).to(dtype)
+    tensors = {f"model.down_proj.{local}": value for local, value in made.items()}
+    source = write_checkpoint(tmp_path / "in", tensors, config)
+    ctconvert.repack(source, tmp_path / "out", target="cuda", device="cpu")
+    ctconvert.verify(tmp_path / "out", kernels=True, device="cpu")
+    module = load(tmp_path / "out", "cpu")["model.down_proj"]
+    x = torch.zeros(1, 1, 256, dtype=torch.bfloat16)
+    assert torch.equal(module(x)[0, 0], made["bias"].bfloat16())
+
+
 def test_kernels_are_verified_one_module_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,9 +205,9 @@ def test_kernels_are_verified_one_module_at_a_time(
 @pytest.mark.parametrize("fuse", [False, True])
 def test_modules_compute_the_layer(fuse: bool, tmp_path: Path) -> None:
     out = converted("smol-w4a16-g32-asym", "triton", tmp_path, fuse=fuse)
-    modules = load(out, "cpu")
+    loaded = load(out, "cpu")
     name = "model.layers.0.self_attn." + ("qkv_proj" if fuse else "k_proj")
-    module = modules[name]
+    module = loaded[name]
     assert isinstance(module, KernelLinear)
     assert (module.out_features, module.in_features) == (960 if fuse else 192, 576)
     assert module.widths == ((576, 192, 192) if fuse else (192,))
@@ -163,8 +227,8 @@ def test_experts_are_loaded_one_by_one(tmp_path: Path) -> None:
     tensors[f"{name}.weight_shape"] = torch.tensor([3, 64, 96])
     source = write_checkpoint(tmp_path / "in", tensors, config_of(group))
     ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
-    modules = load(tmp_path / "out", "cpu")
-    assert list(modules) == [f"{name}.{index}" for index in range(3)]
+    loaded = load(tmp_path / "out", "cpu")
+    assert list(loaded) == [f"{name}.{index}" for index in range(3)]
     ctconvert.verify(tmp_path / "out", kernels=True, device="cpu")
 
 
@@ -229,8 +293,6 @@ def test_the_whole_model_gives_the_dequantised_models_logits(
         assert isinstance(model.get_input_embeddings(), KernelEmbedding)
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     else:
-        from reference import load_tensors
-
         state["model.embed_tokens.weight"] = load_tensors(source)["model.embed_tokens.weight"]
     plain.load_state_dict(state)
     plain.eval()
@@ -241,6 +303,92 @@ def test_the_whole_model_gives_the_dequantised_models_logits(
     assert float((made - expected).norm() / expected.norm()) < 0.03
     assert torch.isfinite(made).all()
     assert made.std() > 0
+
+
+def test_a_model_runs_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    """Around a quantised embedding too, whose scales have a dtype of their own."""
+    source = whole_model(tmp_path / "in", tie_word_embeddings=True)
+    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
+    batch = torch.arange(48).reshape(2, 24)
+    for dtype in (torch.float16, torch.bfloat16):
+        model, _ = load_model(tmp_path / "out", "cpu", dtype)
+        with torch.inference_mode():
+            logits = model(input_ids=batch[:, :5]).logits  # ids that are not contiguous
+        assert logits.dtype == dtype
+        assert torch.isfinite(logits).all()
+    with pytest.raises(UsageError, match=r"float16 and bfloat16 activations, not torch\.float32"):
+        load_model(tmp_path / "out", "cpu", torch.float32)
+
+
+def test_older_files_hold_what_transformers_computes(tmp_path: Path) -> None:
+    source = whole_model(tmp_path / "in", tie_word_embeddings=False)
+    tensors = load_tensors(source) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
+    model, _ = load_model(tmp_path / "out", "cpu")
+    with torch.inference_mode():
+        assert torch.isfinite(model(input_ids=torch.arange(4)[None]).logits).all()
+
+
+def test_a_16_bit_sparse_model_runs_in_its_own_dtype_only(tmp_path: Path) -> None:
+    out = converted("old071-smol-sparse24-bf16", "cuda", tmp_path)
+    with pytest.raises(UsageError, match=r"weights of bfloat16.*dtype=torch\.bfloat16"):
+        load_model(out, "cpu", torch.float16)
+
+
+def test_a_module_that_does_more_is_not_replaced(tmp_path: Path) -> None:
+    """Gemma 3 scales what its embedding looks up; the plain look-up would lose that."""
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+    settings = Gemma3TextConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+    group = group_config(weight_args(8, None), ["Embedding"])
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "model.embed_tokens.weight":
+            made = quantised(*tensor.shape, group, 1)
+            tensors |= {f"model.embed_tokens.{local}": value for local, value in made.items()}
+        elif "lm_head" not in name:
+            tensors[name] = tensor.clone()
+    config = json.loads(settings.to_json_string())
+    source = write_checkpoint(tmp_path / "in", tensors, config_of(group, ignore=[]), **config)
+    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
+    with pytest.raises(ConversionError, match=r"embed_tokens.*Gemma3TextScaledWordEmbedding"):
+        load_model(tmp_path / "out", "cpu")
+    assert isinstance(load(tmp_path / "out", "cpu")["model.embed_tokens"], KernelEmbedding)
+
+
+def test_the_parts_of_a_fused_module_share_one_product(tmp_path: Path) -> None:
+    out = converted("smol-w4a16-g64-sym", "triton", tmp_path, fuse=True)
+    whole = load(out, "cpu")["model.layers.0.self_attn.qkv_proj"]
+    assert isinstance(whole, KernelLinear)
+    shared: dict[str, Any] = {}
+    parts = [modules.FusedPart(whole, index, shared) for index in range(3)]
+    x = torch.randn(2, 576, dtype=torch.bfloat16)
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    whole.register_forward_hook(count)
+    for order in ((0, 1, 2), (2, 0, 1)):
+        made = {index: parts[index](x) for index in order}
+        assert torch.equal(torch.cat([made[0], made[1], made[2]], -1), whole(x))
+        assert not shared  # nothing is kept once all parts have been served
+    assert calls == 4
+    before = parts[0](x)
+    x.copy_(torch.randn(2, 576))
+    assert not torch.equal(parts[0](x), before)  # asked twice: x may have changed in place
 
 
 def test_bench_reports_every_shape(tmp_path: Path) -> None:

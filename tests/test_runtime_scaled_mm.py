@@ -19,6 +19,7 @@ from ctconvert.runtime.kernels.scaled_mm import (
     scaled_mm_reference,
 )
 from ctconvert.runtime.kernels.scaled_mm_triton import Config
+from ctconvert.runtime.nvcc import KernelUnavailableError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
@@ -329,8 +330,15 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="65552; above 65536"):
         scaled_mm(long, long, torch.ones(1), torch.ones(1), out_dtype=torch.float32)
     x = torch.ones(4, k)
-    with pytest.raises(ValueError, match=r"weight_zero_point.*symmetric weights only"):
-        scaled_linear(x, weight, torch.ones(n, 1), weight_zero_point=torch.zeros(n, 1, dtype=INT8))
+    with pytest.raises(ValueError, match=r"weight_zero_point must have shape"):
+        scaled_linear(x, weight, torch.ones(n, 1), weight_zero_point=torch.zeros(n, dtype=INT8))
+    with pytest.raises(ValueError, match=r"weight_zero_point needs an int8 weight"):
+        scaled_linear(
+            x,
+            weight.float().to(FP8),
+            torch.ones(n, 1),
+            weight_zero_point=torch.zeros(n, 1, dtype=INT8),
+        )
     with pytest.raises(ValueError, match="input_zero_point needs a static input_scale"):
         scaled_linear(x, weight, torch.ones(n, 1), input_zero_point=torch.zeros(1, dtype=INT8))
     with pytest.raises(ValueError, match=r"x must have shape \[\.\.\., 32\]"):
@@ -440,3 +448,47 @@ def test_gpu_graph_and_compile(dtype: torch.dtype, m: int) -> None:
     x.copy_(torch.randn(m, 512))
     graph.replay()
     assert torch.equal(out, scaled_linear(x, weight, weight_scale))
+
+
+@pytest.mark.parametrize("lead", [(1, 1), (2, 3), (5,), ()])
+@pytest.mark.parametrize("static", [False, True])
+def test_an_asymmetric_weight(static: bool, lead: tuple[int, ...]) -> None:
+    """Zero points of weight and input, against the sum written out in float64."""
+    torch.manual_seed(len(lead))
+    n, k = 48, 80
+    weight = torch.randint(-128, 128, (n, k), dtype=INT8)
+    zero = torch.randint(-128, 128, (n, 1), dtype=INT8)
+    scale, bias = torch.rand(n, 1) / 50 + 0.001, torch.randn(n)
+    x = torch.randn(*lead, k).bfloat16()
+    shift = torch.tensor([-7], dtype=INT8) if static else None
+    step = torch.tensor([0.031]) if static else None
+    out = scaled_linear(
+        *(t.to(DEVICE) for t in (x, weight, scale)),
+        input_scale=None if step is None else step.to(DEVICE),
+        input_zero_point=None if shift is None else shift.to(DEVICE),
+        weight_zero_point=zero.to(DEVICE),
+        bias=bias.to(DEVICE),
+    )
+    rows = x.double().reshape(-1, k)
+    if step is None or shift is None:
+        unit = rows.abs().amax(1, keepdim=True) / 127
+        taken = (rows / unit).round().clamp(-128, 127) * unit
+    else:
+        taken = ((rows / step + shift.double()).round().clamp(-128, 127) - shift.double()) * step
+    dense = (weight.double() - zero.double()) * scale.double()
+    expected = taken @ dense.t() + bias.double()
+    assert out.shape == (*lead, n)
+    assert out.dtype == x.dtype
+    error = (out.double().cpu().reshape(-1, n) - expected).norm() / expected.norm()
+    assert error < 1e-2
+
+
+def test_f8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ctconvert.runtime.kernels import scaled_mm_triton
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    device = torch.device("cuda", 0)
+    with pytest.raises(KernelUnavailableError, match=r"A100 has compute capability 8\.0; f8"):
+        scaled_mm_triton._check_device(FP8, device)
+    scaled_mm_triton._check_device(INT8, device)

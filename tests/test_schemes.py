@@ -248,7 +248,7 @@ def test_fresh_sparse_checkpoints(kind: str, fuse: bool, tmp_path: Path) -> None
     group = groups.get(kind)
     dtype = torch.float16 if kind == "fp16" else torch.bfloat16
     tensors = {"model.norm.weight": torch.ones(256, dtype=dtype)}
-    shapes = (("q_proj", 72, 192), ("k_proj", 40, 192), ("v_proj", 40, 192), ("o_proj", 96, 72))
+    shapes = (("q_proj", 72, 192), ("k_proj", 40, 192), ("v_proj", 40, 192), ("o_proj", 96, 96))
     for seed, (leaf, n, k) in enumerate(shapes):
         made = sparse24(n, k, group or {"weights": None}, seed, dtype)
         if "input_scale" in made:
@@ -531,6 +531,21 @@ def test_formats_without_a_layout_are_recognised_and_refused(name: str, tmp_path
     after = load_tensors(tmp_path / "kept")
     assert all(equal(after[name], tensor) for name, tensor in tensors.items())
     assert word in read_json(tmp_path / "kept" / "ctconvert.json")["kept"]["a.down_proj"]
+
+
+@pytest.mark.parametrize(("n", "k", "kind"), [(60, 128, ""), (64, 72, ""), (64, 80, "int8")])
+def test_a_sparse_module_that_the_kernel_cannot_read_is_refused(
+    n: int, k: int, kind: str, tmp_path: Path
+) -> None:
+    group = group_config(weight_args(8, None), format="int-quantized", inputs=DYNAMIC_INT8)
+    sparsity = {"format": "sparse-24-bitmask", "targets": ["Linear"], "ignore": ["lm_head"]}
+    config: dict[str, Any] = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+    made = sparse24(n, k, group if kind else {"weights": None}, 1)
+    tensors = {f"model.q_proj.{local}": tensor for local, tensor in made.items()}
+    source = write_checkpoint(tmp_path / "in", tensors, config | (config_of(group) if kind else {}))
+    with pytest.raises(UnsupportedError, match=f"{n}x{k}: the kernel copies 16 bytes"):
+        ctconvert.repack(source, tmp_path / "out", target="cuda", device="cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_rotated_module_is_refused(tmp_path: Path) -> None:

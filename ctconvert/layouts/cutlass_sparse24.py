@@ -51,6 +51,12 @@ class CutlassSparse24(Layout):
             )
         if spec.element not in ("F16", "BF16", "I8", "F8_E4M3"):
             return Support(f"{spec.element} values; it takes F16, BF16, I8 and F8_E4M3")
+        multiple = 16 if spec.element in ("F16", "BF16") else 32
+        if spec.n % 8 or spec.k % multiple:
+            return Support(
+                f"{spec.n}x{spec.k}: the kernel copies 16 bytes at a time and needs N % 8 == 0 and "
+                f"K % {multiple} == 0"
+            )
         if spec.scale_shape is None:
             return Support()
         if spec.strategy != "channel":

@@ -70,11 +70,16 @@ def _fake_quantised(
 def _padded(
     bound: Binding, x: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x and bias as wide as the padded tiles; what is added meets zero weights."""
+    """x and bias, in x's dtype, as wide as the padded tiles; what is added meets zero weights."""
     n, k = bound.padded_shape
+    bias = _like(bias, x)
     if bias is not None:
         bias = F.pad(bias, (0, n - bound.spec.n))
     return F.pad(x, (0, k - bound.spec.k)).contiguous(), bias
+
+
+def _like(bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    return None if bias is None else bias.to(x.dtype)
 
 
 def _marlin(bound: Binding, t: Tensors, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -119,38 +124,26 @@ def _scaled_mm(
 ) -> torch.Tensor:
     from ctconvert.runtime.kernels import scaled_mm as kernels
 
-    weight, scale, zero = t["weight"], t["weight_scale"], t.get("weight_zero_point")
+    weight, scale = t["weight"], t["weight_scale"]
     if bound.spec.input_type is None:  # weight-only: nothing quantises x
-        return F.linear(x, _plain(weight, scale, bound.spec).to(x.dtype), bias)
-    if zero is None:
-        return kernels.scaled_linear(
-            x,
-            weight,
-            scale,
-            input_scale=t.get("input_scale"),
-            input_zero_point=t.get("input_zero_point"),
-            bias=bias,
-        )
-    # W = (q - zero) * scale: the symmetric product less zero * sum over k of x
-    if "input_scale" in t:
-        shift = t.get("input_zero_point")
-        x_q = kernels.quantize_static(x, t["input_scale"], shift, weight.dtype)
-        x_scale = t["input_scale"]
-    else:
-        shift = None
-        x_q, x_scale = kernels.quantize_per_token(x, weight.dtype)
-    rows = x_q.reshape(-1, bound.spec.k)
-    x_scale = x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1)
-    out = kernels.scaled_mm(
-        rows, weight, x_scale, scale, x_zero_point=shift, out_dtype=torch.float32
+        return F.linear(x, _plain(weight, scale, bound.spec).to(x.dtype), _like(bias, x))
+    return kernels.scaled_linear(
+        x,
+        weight,
+        scale,
+        input_scale=t.get("input_scale"),
+        input_zero_point=t.get("input_zero_point"),
+        weight_zero_point=t.get("weight_zero_point"),
+        bias=bias,
+        weight_sum=t.get("weight_sum"),
     )
-    sums = rows.to(torch.int32).sum(-1, keepdim=True, dtype=torch.int32)
-    if shift is not None:
-        sums = sums - bound.spec.k * shift.to(torch.int32)
-    out = out - (sums.float() * x_scale) * (zero.float() * scale).t()
-    if bias is not None:
-        out = out + bias.float()
-    return out.to(x.dtype).reshape(*x.shape[:-1], bound.spec.n)
+
+
+def derived(bound: Binding, t: Tensors) -> dict[str, torch.Tensor]:
+    """What a layout's kernel would otherwise compute from the weight on every call."""
+    if bound.layout == "scaled-mm" and "input_zero_point" in t:
+        return {"weight_sum": t["weight"].sum(1, dtype=torch.int32)}
+    return {}
 
 
 def _plain(weight: torch.Tensor, scale: torch.Tensor, spec: WeightSpec) -> torch.Tensor:
@@ -174,7 +167,7 @@ def _cutlass_sparse24(
         k=bound.spec.k,
         weight_scale=t["weight_scale"],
         input_scale=t.get("input_scale"),
-        bias=bias,
+        bias=_like(bias, x),
     )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ctconvert import device as devices
 from ctconvert.comparison import find_layout
+from ctconvert.dtypes import torch_dtype
 from ctconvert.errors import ConversionError, UsageError
 from ctconvert.quantization import QuantizationSettings, config_of_method, with_config
 from ctconvert.restoring import recorded_part, restored_config
@@ -21,6 +22,10 @@ from ctconvert.runtime.bindings import Binding
 from ctconvert.runtime.modules import FusedPart, KernelEmbedding, KernelLinear, TiedHead
 from ctconvert.stacking import stacked_spec
 from ctconvert.verification import Output
+
+#: Tensors a model need not have a place for: scales of a quantised KV cache, and what older files
+#: hold of rotary embeddings, which transformers computes.
+_UNUSED = ("k_scale", "v_scale", "q_scale", "inv_freq")
 
 Modules = dict[str, KernelLinear | KernelEmbedding]
 
@@ -159,14 +164,15 @@ def load_model(
     Args:
         out: a converted checkpoint.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``.
-        dtype: of activations and unconverted weights; the config's where None.
+        dtype: of activations and unconverted weights, float16 or bfloat16; the config's where None.
 
     Returns:
         the model, in evaluation mode, and the tokenizer (None where the checkpoint has none).
 
     Raises:
         ConversionError: transformers' model has no place for a tensor, or one is left empty.
-        UsageError, VerificationError: as :func:`load`.
+        UsageError: a dtype that no kernel takes; and as :func:`load`.
+        VerificationError: as :func:`load`.
     """
     with Loader(out, device) as loader:
         return _model(loader, dtype)
@@ -186,9 +192,24 @@ def _model(loader: Loader, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
         )
     config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     wanted = dtype or getattr(config, "dtype", None) or torch.bfloat16
+    if wanted not in (torch.float16, torch.bfloat16):
+        raise UsageError(
+            f"the kernels take float16 and bfloat16 activations, not {wanted}: pass "
+            "dtype=torch.bfloat16"
+        )
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=wanted)
     modules = _all_modules(loader)
+    for name, module in modules.items():
+        spec = module.binding.spec
+        if isinstance(module, KernelEmbedding):
+            module.dtype = wanted
+        elif spec.element in ("F16", "BF16") and torch_dtype(spec.element) != wanted:
+            held = torch_dtype(spec.element)
+            raise UsageError(
+                f"module {name}: weights of {str(held).removeprefix('torch.')} multiply "
+                f"activations of that dtype only: pass dtype={held}"
+            )
     _put_modules(model, output, modules)
     for name, entry in output.manifest["tensors"].items():
         _put_tensor(model, name, loader.tensor(name, entry["file"]), wanted)
@@ -215,7 +236,7 @@ def _put_modules(model: nn.Module, output: Output, modules: Mapping[str, nn.Modu
             _replace(model, name, module)
             continue
         assert isinstance(module, KernelLinear)
-        shared: dict[str, object] = {}
+        shared: dict[str, Any] = {}
         for index, part in enumerate(parts):
             _replace(model, part["name"], FusedPart(module, index, shared))
 
@@ -224,9 +245,15 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     try:
         owner = model.get_submodule(parent)
-        model.get_submodule(name)
+        replaced = type(model.get_submodule(name))
     except AttributeError:
         raise ConversionError(f"module {name}: {type(model).__name__} has no such module") from None
+    if replaced not in (nn.Linear, nn.Embedding):
+        # A class of its own may do more, as Gemma's embedding, which scales what it looks up.
+        raise ConversionError(
+            f"module {name}: a kernel cannot stand for {replaced.__name__}, which is no plain "
+            "Linear or Embedding; ctconvert.runtime.load gives the modules by themselves"
+        )
     setattr(owner, leaf, module)
 
 
@@ -241,7 +268,7 @@ def _put_tensor(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     elif owner is not None and leaf in owner._buffers:
         owner._buffers[leaf] = tensor
-    elif leaf not in ("k_scale", "v_scale", "q_scale"):  # of a quantised KV cache, not used here
+    elif leaf not in _UNUSED:
         raise ConversionError(f"tensor {name}: {type(model).__name__} has no place for it")
 
 

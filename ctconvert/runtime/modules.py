@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from ctconvert import layouts
-from ctconvert.runtime.bindings import LINEAR, Binding, gather
+from ctconvert.runtime.bindings import LINEAR, Binding, derived, gather
 from ctconvert.runtime.dequantise import dense_weight
 
 
@@ -63,6 +64,18 @@ class KernelLinear(_Kernel):
         """Rows of each fused part, in order."""
         return self.binding.spec.widths
 
+    def __init__(
+        self,
+        binding: Binding,
+        tensors: Mapping[str, torch.Tensor],
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(binding, tensors, bias)
+        made = derived(binding, tensors)
+        self._derived = tuple(made)
+        for name, tensor in made.items():
+            self.register_buffer(name, tensor, persistent=False)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._run(self.tensors(), x)
 
@@ -72,11 +85,17 @@ class KernelLinear(_Kernel):
         return self._run(kept, x)
 
     def _run(self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return LINEAR[self.binding.layout](self.binding, tensors, x.contiguous(), self.bias)
+        given = {**tensors, **{name: self.get_buffer(name) for name in self._derived}}
+        return LINEAR[self.binding.layout](self.binding, given, x.contiguous(), self.bias)
 
 
 class KernelEmbedding(_Kernel):
-    """A look-up in a quantised table: ids [...] to rows [..., H] in the scale's dtype."""
+    """A look-up in a quantised table: ids [...] to rows [..., H].
+
+    The rows are in the scale's dtype, or in ``dtype`` where that is set.
+    """
+
+    dtype: torch.dtype | None = None
 
     @property
     def num_embeddings(self) -> int:
@@ -87,7 +106,8 @@ class KernelEmbedding(_Kernel):
         return self.binding.spec.k
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return gather(self.binding, self.tensors(), ids)
+        rows = gather(self.binding, self.tensors(), ids.contiguous())
+        return rows if self.dtype is None else rows.to(self.dtype)
 
 
 class TiedHead(nn.Module):
@@ -114,11 +134,11 @@ class TiedHead(nn.Module):
 class FusedPart(nn.Module):
     """One part of a fused module, for a model that still has the parts.
 
-    The parts are called with one input, one after the other; the product is computed for the first
+    The parts are called with one input, each once; the product is computed for the first of them
     and kept until the last has taken its columns.
     """
 
-    def __init__(self, whole: KernelLinear, index: int, shared: dict[str, object]) -> None:
+    def __init__(self, whole: KernelLinear, index: int, shared: dict[str, Any]) -> None:
         super().__init__()
         if index == 0:
             self.whole = whole
@@ -130,10 +150,11 @@ class FusedPart(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shared = self._shared
-        if shared.get("input") is not x:
-            shared["input"], shared["output"] = x, self._whole[0](x)
+        if shared.get("input") is not x or self.index not in shared["waiting"]:
+            waiting = set(range(len(self._whole[0].widths)))
+            shared.update(input=x, output=self._whole[0](x), waiting=waiting)
         output = shared["output"]
-        assert isinstance(output, torch.Tensor)
-        if self.index == len(self._whole[0].widths) - 1:
+        shared["waiting"].remove(self.index)
+        if not shared["waiting"]:
             shared.clear()
         return output[..., self.columns]

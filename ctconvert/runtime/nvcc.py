@@ -47,7 +47,7 @@ def find_nvcc() -> Path:
             return Path(found)
     raise KernelUnavailableError(
         "nvcc was not found: install the CUDA toolkit (12.2 or newer) and put nvcc on PATH or set "
-        "CUDA_HOME, or ask for the reference backend"
+        "CUDA_HOME; the reference runs with device cpu"
     )
 
 
@@ -66,7 +66,7 @@ def cutlass_include() -> tuple[Path, str]:
             return include, ".".join(found)
     raise KernelUnavailableError(
         "CUTLASS's headers were not found: pip install 'ctconvert[cutlass]' (the package "
-        "nvidia-cutlass), or ask for the reference backend"
+        "nvidia-cutlass); the reference runs with device cpu"
     )
 
 
@@ -161,6 +161,6 @@ def _run(command: Sequence[str | Path], name: str) -> str:
         reason = (lines or result.stderr.splitlines() or [f"exit code {result.returncode}"])[0]
         raise KernelUnavailableError(
             f"{command[0]} could not build {name}: {reason.strip()[:300]}; CUDA 12.2 or newer and "
-            "a C++17 host compiler are needed, or ask for the reference backend"
+            "a C++17 host compiler are needed; the reference runs with device cpu"
         )
     return result.stdout

@@ -1,7 +1,8 @@
 """``verify --kernels``: runs every module's kernel against the plain reference.
 
 The reference is the weight the layout decodes to, dense and in float64, and the scheme's activation
-quantisation in plain torch; it shares no code with the kernels or with their own references.
+quantisation in plain torch; it shares no code with the kernels. (On a CPU there are no kernels:
+their own references run, and of these the 2:4 one decompresses as the layout does.)
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from ctconvert.progress import Progress
 from ctconvert.runtime.loading import Loader
 from ctconvert.runtime.modules import KernelEmbedding, KernelLinear
 
-#: Largest ||kernel - reference|| / ||reference|| by layout. 16-bit outputs round at 2^-9 (bf16);
-#: with quantised activations a value may also fall on the other side of a rounding step.
+#: Largest error by layout, see :func:`_error`. 16-bit outputs round at 2^-9 (bf16), and a
+#: dequantised weight may as well; with quantised activations a value may also fall on the other
+#: side of a rounding step.
 TOLERANCE: dict[str, float] = {
     "triton-wna16": 1e-2,
     "marlin": 1e-2,
@@ -64,7 +66,7 @@ def _quantised_activations(module: KernelLinear, x: torch.Tensor) -> torch.Tenso
         return _fake_quantised(x, tensors.get("input_scale")).double()
     quantised = spec.family == "w8a8" or (spec.sparse and spec.scale_shape is not None)
     if module.binding.layout == "xpu-w4a8":
-        quantised = True
+        return _per_token_as_vllm(x)
     if not quantised or spec.input_type is None:
         return x.double()
     wide = x.double()
@@ -83,6 +85,12 @@ def _quantised_activations(module: KernelLinear, x: torch.Tensor) -> torch.Tenso
         return ((wide / scale + zero).round().clamp(-128, 127) - zero) * scale
     rounded = (wide / scale).clamp(-448, 448).to(torch.float32).to(torch.float8_e4m3fn)
     return rounded.double() * scale
+
+
+def _per_token_as_vllm(x: torch.Tensor) -> torch.Tensor:
+    """INT8 a token, its scale rounded to x's dtype: what the caller of the XPU kernel makes."""
+    scale = (x.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-5).to(x.dtype).double()
+    return (x.double() / scale).round().clamp(-128, 127) * scale
 
 
 def _blocks(x: torch.Tensor, columns: int) -> torch.Tensor:
@@ -106,18 +114,30 @@ def _check_linear(module: KernelLinear, dtype: torch.dtype, device: torch.device
     weight = module.dequantize()
     cases = inputs(module.in_features, dtype, device)
     activations = torch.cat([_quantised_activations(module, x) for x in cases.values()])
-    blocks = [activations @ rows.double().t() for rows in weight.split(_BLOCK_ROWS)]
-    products = torch.cat(blocks, dim=1).split([len(x) for x in cases.values()])
+    products, sizes = [], []
+    for rows in weight.split(_BLOCK_ROWS):
+        wide = rows.double().t()
+        products.append(activations @ wide)
+        sizes.append((activations.square() @ wide.square()).sqrt())
+    counts = [len(x) for x in cases.values()]
+    expected = torch.cat(products, dim=1).split(counts)
+    size = torch.cat(sizes, dim=1).split(counts)
+    # Beyond the largest number of the result's dtype it is infinite; so is what is expected.
+    result = torch.float16 if module.binding.layout == "xpu-w4a8" else dtype
+    limit = torch.finfo(result).max
     worst = Worst()
-    for (case, x), expected in zip(cases.items(), products, strict=True):
+    for (case, x), product, near in zip(cases.items(), expected, size, strict=True):
         if module.bias is not None:
-            expected = expected + module.bias.double()
+            product = product + module.bias.double()
         made = module.before_output_scale(x)
-        errors = [_error(made.double(), expected)]
+        product, seen = product.clamp(-limit, limit), made.double().clamp(-limit, limit)
+        errors = [_error(seen, product, near)]
         if "output_scale" in module.tensors():
             # Compared by itself: a sum that rounds the other way may move a whole step.
-            quantised = _fake_quantised(made, module.tensors()["output_scale"])
-            errors.append(_error(module(x).double(), quantised.double()))
+            quantised = _fake_quantised(made, module.tensors()["output_scale"]).double()
+            errors.append(_error(module(x).double(), quantised, quantised))
+        if case == "random M=1":  # as a model calls it, one token of one sequence
+            errors.append(_error(module(x[None])[0].double(), module(x).double(), near))
         for error in errors:
             if not error <= worst.error:  # NaN is worse than anything
                 worst.error, worst.case = error, case
@@ -131,19 +151,36 @@ def _check_embedding(module: KernelEmbedding, device: torch.device) -> Worst:
     for count in ROWS:
         ids = torch.randint(module.num_embeddings, (count,), generator=made).to(device)
         ids[0], ids[-1] = 0, module.num_embeddings - 1
-        error = _error(module(ids).double(), weight[ids].double())
+        expected = weight[ids].double()
+        error = _error(module(ids).double(), expected, expected)
         if not error <= worst.error:
             worst.error, worst.case = error, f"{count} ids"
     return worst
 
 
-def _error(made: torch.Tensor, expected: torch.Tensor) -> float:
-    """||made - expected|| / ||expected||; where nothing is expected, any output is an error."""
-    norm = float(expected.norm())
-    difference = float((made - expected).norm())
-    if norm == 0.0:
-        return 0.0 if difference == 0.0 else float("inf")
-    return difference / norm
+def _error(made: torch.Tensor, expected: torch.Tensor, size: torch.Tensor) -> float:
+    """The worst of ||made - expected|| / ||size|| over the whole, each row and each column.
+
+    One wrong column of many does not show in the whole. ``size`` [M, N] is what to measure an
+    element by, no less than itself: sqrt(sum over k of (x * w)^2), which does not vanish where the
+    terms of a sum happen to cancel. Columns of fewer than 17 rows are too few to judge. Where
+    nothing is expected, any output is an error.
+    """
+    size = torch.maximum(size.abs(), expected.abs())
+    difference = made - expected
+    found = [
+        _ratio(difference.norm(), size.norm()),
+        _ratio(difference.norm(dim=1), size.norm(dim=1)),
+    ]
+    if len(made) >= ROWS[1]:
+        found.append(_ratio(difference.norm(dim=0), size.norm(dim=0)))
+    worst = torch.stack([part.max() for part in found])
+    return float("nan") if worst.isnan().any() else float(worst.max())
+
+
+def _ratio(difference: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    ratio = difference / size
+    return torch.where(size == 0, torch.where(difference == 0, 0.0, torch.inf), ratio)
 
 
 def _check(

@@ -12,8 +12,8 @@ Before (N = output features, K = input features):
 
 After: out[m, n] = x_scale[m] * weight_scale[n] * sum over k of (x_q[m, k] - zero) * weight[n, k]
 + bias[n]. The zero point is taken out of the sum, as sum(x_q * weight) - zero * sum(weight), so
-the tensor cores see 8-bit operands only (vLLM's ``cutlass_scaled_mm_azp`` does the same). The
-weight is symmetric: this layout has no weight zero point.
+the tensor cores see 8-bit operands only (vLLM's ``cutlass_scaled_mm_azp`` does the same). A
+weight's zero point, i8 [N, 1], is taken out likewise, by :func:`scaled_linear`.
 
 int8 is summed in int32, f8 in float32. Hopper's tensor cores add up to 128 f8 products in fewer
 bits before they reach the float32 sum: about 1e-4 of the result.
@@ -397,7 +397,7 @@ def scaled_linear(
         weight_scale: as for :func:`scaled_mm`.
         input_scale: f32 [1] (static), or None (dynamic).
         input_zero_point: i8 [1], with a static int8 scale only.
-        weight_zero_point: must be None: the layout's weight is symmetric.
+        weight_zero_point: i8 [N, 1] of an asymmetric int8 weight, or None.
         bias: [N].
         weight_sum: i32 [N], as for :func:`scaled_mm`.
 
@@ -407,10 +407,8 @@ def scaled_linear(
     Raises:
         TypeError: an argument has a dtype the kernel does not take.
         ValueError: an argument has a wrong shape or device or is not contiguous; a weight zero
-            point; an input zero point without a static scale.
+            point with f8; an input zero point without a static scale.
     """
-    if weight_zero_point is not None:
-        raise ValueError("weight_zero_point: the scaled-mm layout takes symmetric weights only")
     if input_zero_point is not None and input_scale is None:
         raise ValueError("input_zero_point needs a static input_scale")
     check_tensor("weight", weight, dtypes=_QUANTIZED, shape=(None, None))
@@ -418,6 +416,12 @@ def scaled_linear(
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x must have shape [..., {k}], got {list(x.shape)}")
+    if weight_zero_point is not None:
+        if weight.dtype != _INT8:
+            raise ValueError("weight_zero_point needs an int8 weight: f8 is symmetric")
+        check_tensor(
+            "weight_zero_point", weight_zero_point, dtypes=(_INT8,), shape=(n, 1), device=x.device
+        )
     if input_scale is not None:
         x_q = quantize_static(x, input_scale, input_zero_point, weight.dtype)
         x_scale = input_scale
@@ -425,14 +429,26 @@ def scaled_linear(
         blockwise = _is_blockwise(weight, weight_scale)
         x_q, x_scale = quantize_per_token(x, weight.dtype, _BLOCK if blockwise else None)
         x_scale = x_scale.reshape(-1, x_scale.shape[-1])
+    x_q = x_q.reshape(-1, k)
+    shifted = weight_zero_point is not None
     out = scaled_mm(
-        x_q.reshape(-1, k),
+        x_q,
         weight,
         x_scale,
         weight_scale,
         x_zero_point=input_zero_point,
-        bias=bias,
+        bias=None if shifted else bias,
         weight_sum=weight_sum,
-        out_dtype=x.dtype,
+        out_dtype=torch.float32 if shifted else x.dtype,
     )
+    if weight_zero_point is not None:
+        # W = (q - zero) * scale: the symmetric product less zero * sum over k of x.
+        sums = x_q.sum(-1, keepdim=True, dtype=torch.int32)
+        if input_zero_point is not None:
+            sums = sums - k * input_zero_point.to(torch.int32)
+        scaled_zero = weight_zero_point.float() * weight_scale.reshape(-1, 1)
+        out = out - (sums.float() * x_scale) * scaled_zero.t()
+        if bias is not None:
+            out = out + bias.float()
+        out = out.to(x.dtype)
     return out.reshape(*x.shape[:-1], n)

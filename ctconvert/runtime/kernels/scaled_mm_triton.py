@@ -18,6 +18,7 @@ from ctconvert.runtime.kernels._common import (
     has_large_shared_memory,
     multiprocessors,
 )
+from ctconvert.runtime.nvcc import KernelUnavailableError
 
 
 @triton.jit
@@ -253,10 +254,23 @@ def _finish(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def _check_device(dtype: torch.dtype, device: torch.device) -> None:
+    """Raises KernelUnavailableError on an NVIDIA GPU that has no f8: one before SM89."""
+    if dtype == torch.int8 or device.type != "cuda" or torch.version.hip is not None:
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise KernelUnavailableError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; f8 "
+            "needs 8.9: the reference runs with device cpu"
+        )
+
+
 def quantize_per_token(
     x: torch.Tensor, dtype: torch.dtype, group_size: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`ctconvert.runtime.kernels.scaled_mm.quantize_per_token`, arguments checked."""
+    _check_device(dtype, x.device)
     k = x.shape[-1]
     size = min(group_size or k, k)
     groups = triton.cdiv(k, size)
@@ -291,6 +305,7 @@ def quantize_static(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """:func:`ctconvert.runtime.kernels.scaled_mm.quantize_static`, arguments checked."""
+    _check_device(dtype, x.device)
     q = torch.empty_like(x, dtype=dtype)
     if x.numel() == 0:
         return q
@@ -377,6 +392,7 @@ def scaled_mm(
 
     ``config`` forces the Triton kernel and its tile.
     """
+    _check_device(weight.dtype, x_q.device)
     m, k = x_q.shape
     n = weight.shape[0]
     out = torch.empty((m, n), dtype=out_dtype, device=x_q.device)

@@ -30,6 +30,7 @@ import torch
 
 from ctconvert.runtime import nvcc
 from ctconvert.runtime.kernels._common import check_tensor, device_guard
+from ctconvert.runtime.kernels.scaled_mm import quantize_per_token, quantize_static
 from ctconvert.runtime.nvcc import KernelUnavailableError
 from ctconvert.transforms.sparse24 import sm90_decompress
 
@@ -45,7 +46,6 @@ _ELEMENTS = {
     torch.float8_e4m3fn: ("f8_e4m3", "cutlass::float_e4m3_t"),
 }
 _OUT_DTYPES = (torch.float16, torch.bfloat16)
-_F8_MAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _multiprocessors(device: torch.device) -> int:
     if (major, minor) != (9, 0):
         raise KernelUnavailableError(
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the "
-            "2:4 kernels need 9.0 (H100, H200): ask for the reference backend"
+            "2:4 kernels need 9.0 (H100, H200): the reference runs with device cpu"
         )
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -231,7 +231,7 @@ def _run_cutlass(
     if x.device.type != "cuda" or torch.version.hip is not None:
         raise KernelUnavailableError(
             f"the tensors are on {x.device.type}; the 2:4 kernels run on NVIDIA GPUs of compute "
-            "capability 9.0: move them there or ask for the reference backend"
+            "capability 9.0: move them there; the reference runs with device cpu"
         )
     multiprocessors = _multiprocessors(x.device)
     library = _library(weight.dtype, out_dtype)
@@ -391,22 +391,6 @@ def sparse24_mm(
     return out
 
 
-def _quantize(
-    x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] as ``dtype`` and its scale: the static f32 [1], or a new one per token, [M, 1]."""
-    wide = x.float()
-    limit = 127.0 if dtype == torch.int8 else _F8_MAX
-    if scale is None:
-        largest = wide.abs().amax(dim=1, keepdim=True)
-        # A token of zeros has no scale of its own; any is right.
-        scale = torch.where(largest > 0, largest / limit, torch.ones_like(largest))
-    wide = wide / scale
-    if dtype == torch.int8:
-        return wide.round().clamp(-128, 127).to(dtype), scale
-    return wide.clamp(-_F8_MAX, _F8_MAX).to(dtype), scale
-
-
 def sparse24_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -450,7 +434,11 @@ def sparse24_linear(
         )
     flat, x_scale = x.reshape(-1, k), None
     if weight.element_size() == 1:
-        flat, x_scale = _quantize(flat, weight.dtype, input_scale)
+        if input_scale is None:
+            flat, x_scale = quantize_per_token(flat.contiguous(), weight.dtype)
+        else:
+            flat = quantize_static(flat.contiguous(), input_scale, None, weight.dtype)
+            x_scale = input_scale
     out = sparse24_mm(
         flat.contiguous(),
         weight,

@@ -33,7 +33,7 @@ def dequantize_wna16(
     group_size: int,
 ) -> torch.Tensor:
     """The dense weight, transposed, in plain torch: f32 [K, N] from the arguments of the GEMM."""
-    shifts = torch.arange(0, 32, bits, device=qweight.device)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=qweight.device)
     mask = (1 << bits) - 1
     codes = ((qweight.unsqueeze(-1) >> shifts) & mask).flatten(1)
     if qzeros is None:

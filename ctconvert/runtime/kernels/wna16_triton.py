@@ -522,6 +522,8 @@ class _Counters:
             return torch.zeros(count, dtype=torch.int32)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing:
+            # Whole 16 bytes: Triton would compile once more for a pointer that is less aligned.
+            count = _ceil_div(count, 4) * 4
             reserve = self._reserves.get(device)
             if reserve is None or reserve.numel() < count:
                 return torch.zeros(count, dtype=torch.int32, device=device)

@@ -305,7 +305,7 @@ def int4_gemm_w4a16(
     *,
     group_size: int,
 ) -> torch.Tensor:
-    """Int4 weight, 16-bit activations, on the ``xpu-w4a8`` layout.
+    """Int4 weight, 16-bit activations: the ``xpu-w4a16`` layout.
 
     On an XPU where :func:`xpu_kernels_available` says so this is oneDNN's ``int4_gemm_w4a16``,
     anywhere else :func:`int4_gemm_w4a16_reference`, summed in float32. The custom op is
