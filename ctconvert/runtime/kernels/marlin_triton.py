@@ -412,9 +412,9 @@ def _choose(m: int, n: int, k: int, kind: int, device: torch.device) -> Config:
     block_m = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
     config = Config(block_m, 128, 8, 4, 3, 1)
     if kind == 8 and m > 64:
-        # An int8 tile has twice the rows of words: more warps or a shorter step, or its sums
-        # do not fit in registers.
-        config = Config(128, 128, 8, 8, 3, 1) if m <= 512 else Config(128, 128, 4, 4, 4, 1)
+        # An int8 tile has twice the rows of words: with fewer warps its sums do not fit in
+        # registers.
+        config = Config(128, 128, 8, 8, 3, 1)
     if not has_large_shared_memory(device):
         config = Config(min(block_m, 64), 128, 4, 4, 2, 1)
     sms = multiprocessors(device)
