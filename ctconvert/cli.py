@@ -46,8 +46,18 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def _out_of_memory(device: str) -> str:
+    if device == "auto":
+        from ctconvert.device import resolve
+
+        device = str(resolve(device))
+    advice = "free some, or use a machine with more" if device == "cpu" else "use --device cpu"
+    return f"out of memory on {device}; {advice}"
+
+
 @contextmanager
-def _failures() -> Iterator[None]:
+def _failures(device: str = "cpu") -> Iterator[None]:
+    """Turns errors into one line and an exit code; ``device`` is what may run out of memory."""
     from ctconvert.console import print_error
 
     try:
@@ -67,6 +77,13 @@ def _failures() -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print_error(_printable(f"{where}{error.strerror or error}"))
+        raise typer.Exit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        from ctconvert.device import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        print_error(_out_of_memory(device))
         raise typer.Exit(1) from None
 
 
@@ -223,7 +240,7 @@ def repack(
     ] = True,
 ) -> None:
     """Convert a compressed-tensors checkpoint into a kernel-ready one."""
-    with _failures():
+    with _failures(device):
         from ctconvert import api
         from ctconvert.console import Output, ShownProgress, print_json, size
 
@@ -319,7 +336,7 @@ def verify(
     workers: Workers = None,
 ) -> None:
     """Prove a converted checkpoint: its bytes, and its codes and scales against the source."""
-    with _failures():
+    with _failures(device):
         from ctconvert import api
         from ctconvert.console import Output, ShownProgress, print_json, size
 
@@ -346,6 +363,8 @@ def verify(
                 f"{out}: ok, {compared['modules']} modules hold the codes and scales of {against} "
                 f"bit for bit, and {compared['copied_tensors']} tensors are its own"
             )
+        if kernels and not report["kernels"]:
+            printer.line(f"{out}: holds no converted module, so there is no kernel to run")
         for layout, run in report.get("kernels", {}).items():
             printer.line(
                 f"{out}: ok, {run['modules']} {layout} kernels within {run['tolerance']:.0e} of "
@@ -360,49 +379,83 @@ def bench(
         str, typer.Option(help="Where kernels run: auto, cpu, cuda, cuda:1, xpu.")
     ] = "auto",
     m: Annotated[
-        str, typer.Option("--m", help="Numbers of tokens to time, separated by commas.")
+        str,
+        typer.Option("--m", help="Numbers of tokens, or rows looked up, separated by commas."),
     ] = "1,16,256,4096",
     json_: Json = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Write a roofline chart.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.png", help="Write a roofline chart, .png, .svg or .pdf; by matplotlib."
+        ),
     ] = None,
 ) -> None:
-    """Time a checkpoint's kernels beside the roofline and a dense bf16 matmul."""
-    with _failures():
+    """Time a checkpoint's kernels beside measured limits and a dense bf16 matmul or look-up.
+
+    The floor is bytes at a copy's rate or flops at a matmul's, whichever is slower.
+    """
+    with _failures(device):
         rows = _counts(m)
-        from ctconvert.console import Output, print_json
+        from ctconvert.console import print_json
         from ctconvert.runtime import benchmark
 
-        found = benchmark.bench(out, device, rows)
         if plot is not None:
-            benchmark.plot(found, plot)
+            benchmark.check_plot(plot)
+        found = benchmark.bench(out, device, rows)
         if json_:
             print_json(found)
-            return
-        printer = Output()
-        printer.line(
-            f"{found['device']}: copy {found['copy_bytes_per_second'] / 1e12:.3f} TB/s, bf16 "
-            f"matmul {found['matmul_flops'] / 1e12:.2f} TFLOP/s, measured now"
+        else:
+            _print_times(found)
+        if plot is not None:
+            benchmark.plot(found, plot)
+
+
+def _print_times(found: dict[str, Any]) -> None:
+    from ctconvert.console import Output
+
+    printer = Output()
+    limits = ", ".join(
+        f"{kind} matmul {rate / 1e12:.2f} TFLOP/s" for kind, rate in found["matmul_flops"].items()
+    )
+    copy = found["copy_bytes_per_second"] / 1e12
+    printer.line(f"{found['device']}: copy {copy:.3f} TB/s, {limits}, measured now")
+    columns = ["layout", "weights", "N x K", "M", "us", "TB/s", "TFLOP/s", "in", "floor us"]
+
+    def number(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    def row(row: dict[str, Any]) -> tuple[object, ...]:
+        seconds, flops, dense = row["seconds"], row["flops"], row["dense_seconds"]
+        return (
+            row["layout"],
+            row["weights"],
+            f"{row['n']}x{row['k']}",
+            row["m"],
+            number(seconds * 1e6, 1),
+            number(row["bytes_per_second"] / 1e12, 3),
+            number(flops and flops / 1e12, 2),
+            row["product"] or "",
+            number(row["floor_seconds"] * 1e6, 1),
+            number(dense and dense * 1e6, 1),
+            number(dense and dense / seconds, 2),
         )
-        columns = ["layout", "weights", "N x K", "M", "us", "TB/s", "TFLOP/s", "floor us"]
-        printer.table(
-            [*columns, "dense us", "dense/ours"],
-            [
-                (
-                    row["layout"],
-                    row["weights"],
-                    f"{row['n']}x{row['k']}",
-                    row["m"],
-                    f"{row['seconds'] * 1e6:.1f}",
-                    f"{row['bytes_per_second'] / 1e12:.3f}",
-                    f"{row['flops'] / 1e12:.2f}",
-                    f"{row['floor_seconds'] * 1e6:.1f}",
-                    f"{row['dense_seconds'] * 1e6:.1f}",
-                    f"{row['dense_seconds'] / row['seconds']:.2f}",
-                )
-                for row in found["rows"]
-            ],
-        )
+
+    printer.table([*columns, "dense us", "dense/ours"], map(row, found["rows"]))
+    products = {row["product"]: row["product_flops"] for row in found["rows"]}
+    for product, limit in products.items():
+        if product is None:
+            printer.line(
+                "note: an embedding multiplies nothing: M rows are looked up, its floor is of "
+                "bytes alone, dense is a bf16 table"
+            )
+        elif limit is None:
+            printer.line(
+                f"note: no {product} limit can be measured here; those floors are of bytes alone"
+            )
+        elif product.endswith("2:4"):
+            printer.line(
+                f"note: the {product} limit is {limit / 1e12:.2f} TFLOP/s, twice the dense one"
+            )
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -429,7 +482,7 @@ def restore(
     ] = False,
 ) -> None:
     """Turn a converted checkpoint back into the compressed-tensors one it was made from."""
-    with _failures():
+    with _failures(device):
         from ctconvert import api
         from ctconvert.console import Output, ShownProgress, print_json, size
 

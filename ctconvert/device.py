@@ -43,3 +43,11 @@ def synchronize(device: torch.device) -> None:
     """Waits for the device's queue; nothing on the CPU."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the host had no memory left; the CPU allocator raises RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    texts = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

@@ -162,14 +162,18 @@ def restored_config(folder: Path) -> dict[str, Any]:
     """config.json with the original quantization_config in place of ours.
 
     Raises:
-        VerificationError: there is none, or it holds no original.
+        VerificationError: it is no JSON, or it holds no original.
     """
     path = folder / "config.json"
-    config = json.loads(path.read_bytes())
-    if found := config_of_method(config, "ctconvert"):
-        place, ours = found
-        return with_config(config, place, ours["source"])
-    raise VerificationError(f"{path}: no quantization_config of ctconvert")
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(f"{path}: damaged: not valid JSON ({error})") from None
+    found = config_of_method(config, "ctconvert")
+    if found is None or "source" not in found[1]:
+        raise VerificationError(f"{path}: no quantization_config of ctconvert")
+    place, ours = found
+    return with_config(config, place, ours["source"])
 
 
 def restore(

@@ -23,6 +23,7 @@ from ctconvert.checkpoint.header import Shard, TensorEntry
 from ctconvert.checkpoint.source import Reader
 from ctconvert.checkpoint.staging import Staging
 from ctconvert.checkpoint.writer import ShardWriter
+from ctconvert.device import is_out_of_memory
 from ctconvert.errors import ConversionError
 from ctconvert.memory import Memory
 from ctconvert.progress import Progress
@@ -150,7 +151,7 @@ class Stream:
         except CancelledError:
             return
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             advice = "fewer --workers" if self.device.type == "cpu" else "--device cpu"
             raise ConversionError(
@@ -300,9 +301,3 @@ def _reap(futures: set[Future[None]], until: str) -> set[Future[None]]:
     for future in done:
         future.result()
     return left
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # on the CPU torch raises a plain RuntimeError
-    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return memory or "can't allocate memory" in str(error)

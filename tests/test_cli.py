@@ -87,6 +87,19 @@ def test_repack_and_verify_as_json(tmp_path: Path) -> None:
     assert json.loads(out)["ok"] is True
 
 
+def test_no_kernel_to_run_is_said(tmp_path: Path) -> None:
+    """Nothing converted is not the same as every kernel right."""
+    source, out_dir = CHECKPOINTS / "rand-w3a16-g128-sym", tmp_path / "out"
+    options = ("--keep-unsupported", "--device", "cpu", "-t", "triton")
+    assert run("repack", source, out_dir, *options)[0] == 0
+    line = f"{out_dir}: holds no converted module, so there is no kernel to run\n"
+    code, out, _ = run("verify", out_dir, "--kernels", "--device", "cpu")
+    assert (code, line in out) == (0, True)
+    assert line not in run("verify", out_dir)[1]
+    found = json.loads(run("verify", out_dir, "--kernels", "--device", "cpu", "--json")[1])
+    assert found["kernels"] == {}
+
+
 def test_results_go_to_stdout_and_progress_to_stderr(tmp_path: Path) -> None:
     code, out, err = run("repack", EXAMPLE, tmp_path / "out", "-t", "triton", "--device", "cpu")
     assert code == 0

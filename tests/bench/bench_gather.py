@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from printing import print_table
 
 from ctconvert.runtime.benchmark import ceilings, median_seconds
 from ctconvert.runtime.kernels.gather import (
@@ -62,14 +63,6 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Markdown, one column for each key of the first row."""
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + " --- |" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |")
 
 
 if __name__ == "__main__":
