@@ -27,7 +27,7 @@ TOLERANCE: dict[str, float] = {
     "marlin-mxfp4": 1e-2,
     "scaled-mm": 2e-2,
     "cutlass-sparse24": 2e-2,
-    "xpu-w4a8": 2e-2,
+    "xpu-w4a8": 1e-2,
     "xpu-w4a16": 1e-2,
     "gather": 1e-2,
 }
