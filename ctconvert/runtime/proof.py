@@ -69,12 +69,13 @@ def _quantised_activations(module: KernelLinear, x: torch.Tensor) -> torch.Tenso
         return _per_token_as_vllm(x)
     if not quantised or spec.input_type is None:
         return x.double()
-    wide = x.double()
+    # The scheme's own steps, which are float32's: another precision would round some the other way.
+    wide = x.float()
     limit = 127.0 if spec.kind == "int" else 448.0
-    zero: torch.Tensor | float = 0.0
+    zero = torch.zeros((), device=x.device)
     if "input_scale" in tensors:
-        scale = tensors["input_scale"].double()
-        zero = tensors["input_zero_point"].double() if "input_zero_point" in tensors else 0.0
+        scale = tensors["input_scale"]
+        zero = tensors["input_zero_point"].float() if "input_zero_point" in tensors else zero
     else:
         rows = wide if spec.block is None else _blocks(wide, spec.block[1])
         scale = rows.abs().amax(-1, keepdim=True) / limit
@@ -82,15 +83,16 @@ def _quantised_activations(module: KernelLinear, x: torch.Tensor) -> torch.Tenso
         if spec.block is not None:
             scale = scale.expand_as(rows).flatten(-2)[:, : spec.k]
     if spec.kind == "int":
-        return ((wide / scale + zero).round().clamp(-128, 127) - zero) * scale
-    rounded = (wide / scale).clamp(-448, 448).to(torch.float32).to(torch.float8_e4m3fn)
-    return rounded.double() * scale
+        codes = ((wide / scale).round() + zero).clamp(-128, 127) - zero
+    else:
+        codes = (wide / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes.double() * scale.double()
 
 
 def _per_token_as_vllm(x: torch.Tensor) -> torch.Tensor:
     """INT8 a token, its scale rounded to x's dtype: what the caller of the XPU kernel makes."""
-    scale = (x.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-5).to(x.dtype).double()
-    return (x.double() / scale).round().clamp(-128, 127) * scale
+    scale = (x.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-5).to(x.dtype)
+    return (x.float() / scale.float()).round().clamp(-128, 127).double() * scale.double()
 
 
 def _blocks(x: torch.Tensor, columns: int) -> torch.Tensor:
