@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import torch
+from printing import print_table
 
 from ctconvert.runtime.benchmark import ceilings, median_seconds
 from ctconvert.runtime.kernels.wna16 import dequantize_wna16, wna16_gemm
@@ -73,14 +74,12 @@ def main() -> None:
         f"{torch.cuda.get_device_name(device)}: copy {bandwidth / 1e12:.2f} TB/s, "
         f"bf16 {rate / 1e12:.0f} TFLOP/s, empty graph {launch * 1e6:.1f} us"
     )
-    rows = measure(device)
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + "---|" * len(rows[0]))
-    for row in rows:
-        cells = (
-            f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()
-        )
-        print("| " + " | ".join(cells) + " |")
+    print_table(
+        [
+            {key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}
+            for row in measure(device)
+        ]
+    )
 
 
 if __name__ == "__main__":
