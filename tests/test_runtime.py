@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from builders import config_of, group_config, quantised, sparse24, weight_args, write_checkpoint
+from builders import (
+    STATIC_INT8,
+    config_of,
+    group_config,
+    quantised,
+    sparse24,
+    weight_args,
+    write_checkpoint,
+)
 from conftest import CHECKPOINTS, GPU
 from reference import load_tensors
 from safetensors.torch import save_file
@@ -125,6 +133,37 @@ def test_a_wrong_output_quantisation_is_found(
     monkeypatch.setitem(bindings.LINEAR, "triton-wna16", off)
     with pytest.raises(VerificationError, match=r"triton-wna16 kernel is off by"):
         ctconvert.verify(out, kernels=True, device="cpu")
+
+
+def test_one_token_of_one_sequence_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A binding may go wrong only on the shape [1, 1, K] that a model decodes with."""
+    out = converted("smol-w4a16-g64-sym", "triton", tmp_path)
+    right = bindings.LINEAR["triton-wna16"]
+
+    def wrong(binding: Any, tensors: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
+        return right(binding, tensors, x, bias) * (2 if x.shape[:-1] == (1, 1) else 1)
+
+    monkeypatch.setitem(bindings.LINEAR, "triton-wna16", wrong)
+    with pytest.raises(VerificationError, match=r"off by .* \(random M=1\)"):
+        ctconvert.verify(out, kernels=True, device="cpu")
+
+
+def test_an_asymmetric_input_brings_the_sums_of_the_weight(tmp_path: Path) -> None:
+    """Summed once, not on every call: what the GPU's kernel takes the zero point out with."""
+    inputs = STATIC_INT8 | {"symmetric": False}
+    group = group_config(
+        weight_args(8, None, False), format="int-quantized", inputs=inputs, outputs=None
+    )
+    made = quantised(48, 64, group, 1) | {"input_zero_point": torch.tensor([-7], dtype=torch.int8)}
+    tensors = {f"model.down_proj.{local}": value for local, value in made.items()}
+    source = write_checkpoint(tmp_path / "in", tensors, config_of(group))
+    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
+    module = load(tmp_path / "out", "cpu")["model.down_proj"]
+    assert "input_zero_point" in module.tensors() and "weight_sum" not in module.tensors()
+    assert module.get_buffer("weight_sum").tolist() == made["weight"].long().sum(1).tolist()
+    ctconvert.verify(tmp_path / "out", kernels=True, device="cpu")
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -308,6 +308,21 @@ def test_mxfp4_reads_what_the_converter_writes() -> None:
         assert relative_error(out, x.double() @ weight.t()) < 5e-3
 
 
+def test_many_f16_tokens_meet_weights_too_small_for_f16() -> None:
+    """More tokens than a tile has, where a bf16 x would take the dequantised weight."""
+    torch.manual_seed(0)
+    n, k = 64, 64
+    m = marlin_triton.DENSE_ROWS + 1
+    codes = torch.randint(0, 16, (k, n))
+    weight = naive_tiles(codes, 4)
+    scale = torch.full((k // 32, n), 127 - 30, dtype=torch.uint8)  # f16 ends at 2**-24
+    x = (torch.randn(m, k) * 2.0**13).half()
+    out = marlin_triton.mxfp4_gemm(*on_device(x, weight, scale, None))
+    expected = x.double() @ marlin_mxfp4_dequantize(weight, scale, n=n, k=k).double().t()
+    assert float(expected.abs().mean()) > 2.0**-14
+    assert relative_error(out, expected) < 5e-3
+
+
 def test_e8m0_ends() -> None:
     codes = torch.full((32, 64), 1)  # 0.5
     codes[0] = 7

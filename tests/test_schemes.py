@@ -533,6 +533,20 @@ def test_formats_without_a_layout_are_recognised_and_refused(name: str, tmp_path
     assert word in read_json(tmp_path / "kept" / "ctconvert.json")["kept"]["a.down_proj"]
 
 
+def test_a_sum_that_could_leave_int32_is_refused(tmp_path: Path) -> None:
+    group = group_config(weight_args(8, None), format="int-quantized", inputs=DYNAMIC_INT8)
+    for k in (65536, 65552):
+        made = quantised(16, k, group, 1)
+        tensors = {f"model.down_proj.{local}": tensor for local, tensor in made.items()}
+        source = write_checkpoint(tmp_path / f"{k}", tensors, config_of(group))
+        out = tmp_path / f"{k}-out"
+        if k == 65536:
+            ctconvert.repack(source, out, target="triton", device="cpu")
+            continue
+        with pytest.raises(UnsupportedError, match="K = 65552: an int32 sum"):
+            ctconvert.repack(source, out, target="triton", device="cpu")
+
+
 @pytest.mark.parametrize(("n", "k", "kind"), [(60, 128, ""), (64, 72, ""), (64, 80, "int8")])
 def test_a_sparse_module_that_the_kernel_cannot_read_is_refused(
     n: int, k: int, kind: str, tmp_path: Path

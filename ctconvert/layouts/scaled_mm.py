@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Rows and columns that share a scale in the block-wise kernels.
 BLOCK = (128, 128)
+#: The largest K for which a sum of (x - zero) * weight, at most 255 * 128 each, stays in int32.
+MOST_COLUMNS = 65536
 
 
 class ScaledMM(Layout):
@@ -52,6 +54,10 @@ class ScaledMM(Layout):
             return Support(f"scale blocks of {spec.block[0]} x {spec.block[1]}; it takes 128 x 128")
         if not spec.input_symmetric and not spec.side:
             return Support("asymmetric dynamic activations, whose zero points no kernel here makes")
+        if spec.kind == "int" and spec.k > MOST_COLUMNS:
+            return Support(
+                f"K = {spec.k}: an int32 sum of more than {MOST_COLUMNS} products could overflow"
+            )
         for name, value in spec.side_zero_points:
             if not -128 <= value <= 127:
                 return Support(f"{name} is {value}, which is no INT8 value")

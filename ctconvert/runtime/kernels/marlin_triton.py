@@ -89,6 +89,30 @@ def _e2m1_values(words, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def _values(words, SHIFT: tl.constexpr, KIND: tl.constexpr, scale, zero):
+    """The weights whose codes are at SHIFT of each word; zero as :func:`_int_values` takes it."""
+    if KIND == _E2M1:
+        values = _e2m1_values(words, SHIFT) * scale
+    else:
+        values = _int_values(words, SHIFT, KIND, scale, zero)
+    return values
+
+
+@triton.jit
+def _both_k(words, SHIFT: tl.constexpr, KIND: tl.constexpr, scale, zero):
+    """The weights of k3 = 0, 1 and k0 = 0, 1 of each word, [..., k0, k3]; SHIFT is the first's."""
+    NEXT: tl.constexpr = 8 if KIND == 8 else 4
+    low = tl.join(
+        _values(words, SHIFT, KIND, scale, zero), _values(words, SHIFT + 16, KIND, scale, zero)
+    )
+    high = tl.join(
+        _values(words, SHIFT + NEXT, KIND, scale, zero),
+        _values(words, SHIFT + NEXT + 16, KIND, scale, zero),
+    )
+    return tl.join(low, high)
+
+
+@triton.jit
 def _e8m0_value(byte):
     """2**(byte - 127) in float32: 0 is a subnormal, 255 is NaN."""
     bits = byte.to(tl.uint32) << 23
@@ -259,19 +283,10 @@ def _gemm(
             k3 = p // 2
             k0 = p % 2
             x = _load_inside(x_ptrs + p * (K // 4), inside[:, None], EVEN)
-            if KIND == _E2M1:
-                a0 = _e2m1_values(words, (k3 + k0 * 4) * 4) * s0
-                acc0 = _dot(a0, x, acc0, WIDE)
-                a1 = _e2m1_values(words, (k3 + k0 * 4 + 2) * 4) * s1
-                acc1 = _dot(a1, x, acc1, WIDE)
-            elif KIND == 4:
-                a0 = _int_values(words, (k3 + k0 * 4) * 4, 4, s0, z0)
-                acc0 = _dot(a0, x, acc0, WIDE)
-                a1 = _int_values(words, (k3 + k0 * 4 + 2) * 4, 4, s1, z1)
-                acc1 = _dot(a1, x, acc1, WIDE)
-            else:
-                a0 = _int_values(words, (k3 + k0 * 2) * 8, 8, s0, z0)
-                acc0 = _dot(a0, x, acc0, WIDE)
+            at = (k3 + k0 * (16 // BITS)) * BITS
+            acc0 = _dot(_values(words, at, KIND, s0, z0), x, acc0, WIDE)
+            if BITS == 4:
+                acc1 = _dot(_values(words, at + 8, KIND, s1, z1), x, acc1, WIDE)
         w_ptrs += KT * row_words
         x_ptrs += Q
 
@@ -356,25 +371,11 @@ def _dequantize_kernel(
     if GROUP == 0:
         stored = n // 32 * 32 + n % 8 // 2 * 8 + n % 32 // 8 * 2 + n % 2
         whole = tl.load(s_ptr + block * 64 + stored).to(tl.float32)
-    # values[n3][k3][k0]; the joins append the axes k0 and k3, then n3.
-    if KIND == _E2M1:
-        low = tl.join(_e2m1_values(words, 0) * s0, _e2m1_values(words, 16) * s0)
-        high = tl.join(_e2m1_values(words, 4) * s0, _e2m1_values(words, 20) * s0)
-        first = tl.join(low, high)
-        low = tl.join(_e2m1_values(words, 8) * s1, _e2m1_values(words, 24) * s1)
-        high = tl.join(_e2m1_values(words, 12) * s1, _e2m1_values(words, 28) * s1)
-        second = tl.join(low, high)
-    elif KIND == 4:
-        low = tl.join(_int_values(words, 0, 4, s0, z0), _int_values(words, 16, 4, s0, z0))
-        high = tl.join(_int_values(words, 4, 4, s0, z0), _int_values(words, 20, 4, s0, z0))
-        first = tl.join(low, high)
-        low = tl.join(_int_values(words, 8, 4, s1, z1), _int_values(words, 24, 4, s1, z1))
-        high = tl.join(_int_values(words, 12, 4, s1, z1), _int_values(words, 28, 4, s1, z1))
-        second = tl.join(low, high)
-    else:
-        low = tl.join(_int_values(words, 0, 8, s0, z0), _int_values(words, 16, 8, s0, z0))
-        high = tl.join(_int_values(words, 8, 8, s0, z0), _int_values(words, 24, 8, s0, z0))
-        first = tl.join(low, high)
+    # A word holds k3 at its lowest code, then (b = 4) n3, then k0, which is at bit 16.
+    first = _both_k(words, 0, KIND, s0, z0)
+    second = first
+    if BITS == 4:
+        second = _both_k(words, 8, KIND, s1, z1)
     if BITS == 4:  # rows (n2 n1 n0, n5 n4), columns (tile, k2 k1), k0, k3, n3
         values = tl.reshape(tl.join(first, second), [8, 4, KT, 4, 2, 2, 2])
         values = tl.permute(values, (1, 6, 0, 2, 5, 3, 4))
