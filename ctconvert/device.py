@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from ctconvert.errors import UsageError
@@ -43,6 +45,14 @@ def synchronize(device: torch.device) -> None:
     """Waits for the device's queue; nothing on the CPU."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Makes a device current: Triton launches on the current one, whatever its tensors are on."""
+    if device.type == "cpu":
+        return nullcontext()
+    context: AbstractContextManager[None] = torch.get_device_module(device).device(device)
+    return context
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 
-from ctconvert.device import is_out_of_memory
+from ctconvert.device import is_out_of_memory, on_device
 from ctconvert.errors import ConversionError, UsageError
 from ctconvert.runtime.bindings import Binding
 from ctconvert.runtime.loading import Loader
@@ -46,7 +46,7 @@ def median_seconds(call: Callable[[], Any], device: torch.device, graph: bool = 
     from triton.testing import do_bench
 
     # Events, the captured stream and the buffer that clears the cache are the current device's.
-    with torch.get_device_module(device).device(device):
+    with on_device(device):
         if graph and device.type == "cuda":
             call = _captured(call, device)
         milliseconds: float = do_bench(call, return_mode="median")

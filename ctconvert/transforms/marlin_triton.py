@@ -31,10 +31,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ctconvert.device import on_device
 from ctconvert.transforms.packed_triton import (
     is_set,
     new_flag,
-    on_device,
     transpose_packed_triton,
 )
 

@@ -20,12 +20,12 @@ Triton's interpreter is on.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 
+from ctconvert.device import on_device
 from ctconvert.transforms.packed import WORD_BITS, codes_per_word, row_words
 
 # By code width: words of N (written) and of K (read) in one program, which transposes f times
@@ -441,11 +441,3 @@ def _as_words(tensor: torch.Tensor) -> torch.Tensor:
     if flat.storage_offset() % 4:
         flat = flat.clone()
     return flat.view(torch.int32)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[None]:
-    """Makes the tensor's device current: Triton launches on the current one."""
-    if device.type == "cpu":
-        return nullcontext()
-    context: AbstractContextManager[None] = torch.get_device_module(device).device(device)
-    return context

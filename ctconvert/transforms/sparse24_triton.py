@@ -20,7 +20,6 @@ where Triton's interpreter is on.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ctconvert.device import on_device
 from ctconvert.transforms import sparse24
 
 _NO_ERROR = (1 << 63) - 1
@@ -586,7 +586,7 @@ def _launch_flat(
         mask = mask.view(-1).view(torch.int16)
     units = min(units, triton.next_power_of_2(triton.cdiv(groups, 4)))
     grid = (rows * triton.cdiv(groups, units * 4),)
-    with _device(error.device):
+    with on_device(error.device):
         kernel[grid](
             *inputs,
             mask,
@@ -615,7 +615,7 @@ def _launch_blocks(
     blocks, warps = BLOCK_TILES[name][size]
     blocks = min(blocks, triton.next_power_of_2(triton.cdiv(k, 128)))
     grid = (triton.cdiv(k, 128 * blocks), triton.cdiv(n, 64))
-    with _device(error.device):
+    with on_device(error.device):
         kernel[grid](
             *tensors,
             error,
@@ -626,13 +626,6 @@ def _launch_blocks(
             num_warps=warps,
             **flags,
         )
-
-
-def _device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.get_device_module(device).device(device)
 
 
 # Error words that hold _NO_ERROR, by device. A launch takes one out; only a word that was read

@@ -1,7 +1,6 @@
-"""Argument checks and the device guard that the kernels share."""
+"""Argument checks and device properties that the kernels share."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -38,15 +37,6 @@ def check_tensor(
         raise ValueError(f"{name} is on {tensor.device}, the first argument on {device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-
-
-def device_guard(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Make ``tensor``'s device the current one: Triton launches on the current device."""
-    if tensor.device.type == "cpu":
-        return nullcontext()
-    module = torch.get_device_module(tensor.device)
-    guard: AbstractContextManager[object] = module.device(tensor.device)
-    return guard
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ctconvert.runtime.kernels._common import device_guard
+from ctconvert.device import on_device
 
 BLOCK = 2048
 
@@ -68,6 +68,6 @@ def fake_quant(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
     if x.numel():
         grid = (-(-x.numel() // BLOCK),)
-        with device_guard(x):
+        with on_device(x.device):
             _fake_quant_kernel[grid](x, scale, out, x.numel(), BLOCK=BLOCK, num_warps=8)
     return out

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ctconvert.runtime.kernels._common import device_guard
+from ctconvert.device import on_device
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def gather(
         words,
         groups,
     )
-    with device_guard(ids):
+    with on_device(ids.device):
         if bits in (2, 4, 8) or (bits == 7 and packing == "padded"):
             # One program a row where it has at most 1024 words, one word a thread at a time.
             block = block or min(triton.next_power_of_2(words), 1024)

@@ -25,8 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ctconvert.device import on_device
 from ctconvert.runtime.kernels._common import (
-    device_guard,
     has_large_shared_memory,
     multiprocessors,
 )
@@ -441,7 +441,7 @@ def dequantize(
     """The weight [N, K] in ``dtype``, K in the order of the tiles; arguments as of the kernels."""
     out = torch.empty((n, k), dtype=dtype, device=weight.device)
     tiles = 8
-    with device_guard(weight):
+    with on_device(weight.device):
         _dequantize_kernel[(triton.cdiv(k, tiles * 16), n // 64)](
             weight,
             scale,
@@ -528,7 +528,7 @@ def _matmul(
     target = out
     if partial:
         target = torch.empty((splits * parts, m, n), dtype=torch.float32, device=x.device)
-    with device_guard(x):
+    with on_device(x.device):
         x = _permuted(x, index, parts)
         grid = (triton.cdiv(parts * m, config.block_m) * triton.cdiv(n, config.block_n), splits)
         _gemm[grid](

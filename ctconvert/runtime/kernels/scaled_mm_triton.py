@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ctconvert.device import on_device
 from ctconvert.runtime.kernels._common import (
-    device_guard,
     has_large_shared_memory,
     multiprocessors,
 )
@@ -282,7 +282,7 @@ def quantize_per_token(
     whole = size <= 8192
     block = triton.next_power_of_2(size) if whole else 2048
     together = max(1, 1024 // block)
-    with device_guard(x):
+    with on_device(x.device):
         _quantize_per_token[(triton.cdiv(units, together),)](
             x,
             q,
@@ -310,7 +310,7 @@ def quantize_static(
     if x.numel() == 0:
         return q
     block = 2048
-    with device_guard(x):
+    with on_device(x.device):
         _quantize_static[(triton.cdiv(x.numel(), block),)](
             x,
             q,
@@ -429,7 +429,7 @@ def scaled_mm(
     if splits > 1:
         kind = torch.int32 if int8 else torch.float32
         target = torch.empty((splits, m, n), dtype=kind, device=x_q.device)
-    with device_guard(x_q):
+    with on_device(x_q.device):
         grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n), splits)
         _gemm[grid](
             x_q,

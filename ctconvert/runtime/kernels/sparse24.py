@@ -28,8 +28,9 @@ from typing import Literal
 
 import torch
 
+from ctconvert.device import on_device
 from ctconvert.runtime import nvcc
-from ctconvert.runtime.kernels._common import check_tensor, device_guard
+from ctconvert.runtime.kernels._common import check_tensor
 from ctconvert.runtime.kernels.scaled_mm import quantize_per_token, quantize_static
 from ctconvert.runtime.nvcc import KernelUnavailableError
 from ctconvert.transforms.sparse24 import sm90_decompress
@@ -244,7 +245,7 @@ def _run_cutlass(
     if variant is None:
         variant = select(weight.dtype, n, tokens, multiprocessors)
     order = _VARIANTS[weight.dtype.itemsize][variant]
-    with device_guard(x):
+    with on_device(x.device):
         status = getattr(library, f"sparse24_{variant}")(
             weight.data_ptr(),
             meta.data_ptr(),

@@ -41,7 +41,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ctconvert.runtime.kernels._common import device_guard, multiprocessors
+from ctconvert.device import on_device
+from ctconvert.runtime.kernels._common import multiprocessors
 from ctconvert.runtime.kernels.fake_quant_triton import (
     INTERPRETED,
     fake_quant,
@@ -559,7 +560,7 @@ def dequantize(
     out = torch.empty((k, n), dtype=dtype, device=qweight.device)
     rows, block = 16, 8 * bits
     grid = (_ceil_div(words, block), _ceil_div(k, rows))
-    with device_guard(qweight):
+    with on_device(qweight.device):
         _dequantize_kernel[grid](
             qweight,
             scales,
@@ -641,7 +642,7 @@ def gemm(
         scales = scales.clone()
     if tma is None:
         tma = ptx >= 90 and _tma(x) and _tma(qweight)
-    with device_guard(x):
+    with on_device(x.device):
         _gemm_kernel[grid](
             TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]) if tma else x,
             TensorDescriptor.from_tensor(qweight, [config.block_k, block_w]) if tma else qweight,
