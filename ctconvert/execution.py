@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -223,7 +222,7 @@ def transform(
         weights.append(decode_part(part, tensors, device))
         tensors.clear()
     weight = stack(weights)
-    weight.spec = replace(item.spec)
+    weight.spec = item.spec
     del weights
     try:
         encoded = item.layout.encode(weight)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from msgspec import Meta, Struct
 
 if TYPE_CHECKING:
     import torch
@@ -43,16 +45,46 @@ DTYPE_BITS: Mapping[str, int] = {
 SCALE_DTYPES = ("F16", "BF16", "F32")
 
 
+#: A safetensors dtype name.
+Dtype = Literal[
+    "BOOL",
+    "U8",
+    "I8",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F8_E8M0",
+    "F8_E4M3FNUZ",
+    "F8_E5M2FNUZ",
+    "I16",
+    "U16",
+    "F16",
+    "BF16",
+    "I32",
+    "U32",
+    "F32",
+    "I64",
+    "U64",
+    "F64",
+    "C64",
+    "F4",
+    "F6_E2M3",
+    "F6_E3M2",
+]
 #: How codes of 3, 5, 6 and 7 bits lie in words; the same for the other widths.
 Packing = Literal["dense", "padded"]
+Family = Literal[
+    "sparse24", "mxfp4", "nvfp4", "wna8o8", "w8a8", "w4a8", "wna16", "embedding", "other"
+]
+Strategy = Literal["tensor", "channel", "group", "block", "tensor_group", "token", "attn_head"]
+Size = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(Struct, frozen=True):
     """Dtype (safetensors name, for instance ``BF16``) and shape of a tensor."""
 
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: Dtype
+    shape: tuple[Size, ...]
 
     @property
     def nbytes(self) -> int:
@@ -77,8 +109,7 @@ class Support:
         return not self.reason
 
 
-@dataclass(frozen=True)
-class WeightSpec:
+class WeightSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One quantised weight as a format describes it and a layout judges it; no data.
 
     ``n`` output features (rows), ``k`` input features (columns). ``storage`` says how
@@ -90,32 +121,34 @@ class WeightSpec:
 
     ``scale_shape`` is the logical 2-D shape: [1, 1] per tensor, [N, 1] per channel,
     [N, K/G] grouped, [ceil(N/bn), ceil(K/bk)] block-wise; None where there is no scale.
+    ``input_type`` is the dtype of quantised inputs (``I8``, ``F8_E4M3`` or another name). ``side``
+    are the static activation scales in use, by name, with the source's dtype; ``side_zero_points``
+    their zero points by value.
     """
 
     format: str
-    family: str
-    kind: str  # "int" or "float"
-    bits: int
-    n: int
-    k: int
-    storage: str
-    element: str = "I32"
+    family: Family
+    kind: Literal["int", "float"]
+    bits: Annotated[int, Meta(ge=1, le=16)]
+    n: Count
+    k: Count
+    storage: Literal["packed", "plain"]
+    element: Dtype = "I32"
     packing: Packing = "dense"
-    strategy: str | None = None
-    group_size: int | None = None
-    block: tuple[int, int] | None = None
+    strategy: Strategy | None = None
+    group_size: Count | None = None
+    block: tuple[Count, Count] | None = None
     symmetric: bool = True
-    scale_dtype: str | None = None
-    scale_shape: tuple[int, int] | None = None
+    scale_dtype: Dtype | None = None
+    scale_shape: tuple[Count, Count] | None = None
     has_g_idx: bool = False
     sparse: bool = False
     embedding: bool = False
     activations: str | None = None
-    input_type: str | None = None  # dtype of quantised inputs: "I8", "F8_E4M3" or another
+    input_type: str | None = None
     input_symmetric: bool = True
-    side: tuple[tuple[str, str], ...] = ()  # (name, source dtype) of side scales that are used
-    side_zero_points: tuple[tuple[str, int], ...] = ()  # static activation zero points, by value
-    widths: tuple[int, ...] = ()
+    side: tuple[tuple[str, Dtype], ...] = ()
+    side_zero_points: tuple[tuple[str, int], ...] = ()
 
     @property
     def codes_per_word(self) -> int:

@@ -7,8 +7,9 @@ one per output channel by the time a layout sees it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from ctconvert.specs import QuantizedWeight, Support, WeightSpec
 
@@ -73,7 +74,6 @@ def stacked_spec(specs: Sequence[WeightSpec]) -> WeightSpec:
         n=n,
         scale_shape=scale_shape,
         strategy=strategy,
-        widths=tuple(spec.n for spec in specs),
     )
 
 

@@ -31,6 +31,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
+
 from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs, weight_only
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
 
@@ -153,7 +155,7 @@ class Marlin(_Marlin):
         if weight.g_idx is not None:
             _check_whole_groups(weight.g_idx, spec)
             codes, perm = marlin.sort_columns(weight.packed(), weight.g_idx, spec.bits)
-            plain = replace(spec, storage="packed")
+            plain = structs.replace(spec, storage="packed")
             weight = replace(weight, codes=codes, spec=plain)
         scales = _padded_groups(scale, spec)
         made = {

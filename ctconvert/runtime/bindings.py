@@ -25,6 +25,7 @@ class Binding:
     layout: str
     spec: WeightSpec
     details: Mapping[str, Any] = field(default_factory=dict)
+    widths: tuple[int, ...] = ()
 
     @property
     def group_size(self) -> int:

@@ -44,7 +44,9 @@ def bindings(output: Output) -> dict[str, Binding]:
         find_layout(name, record["layout"], record["layout_version"])
         parts = [recorded_part(item, record, settings).part for item in record["parts"]]
         spec = stacked_spec([part.spec for part in parts])
-        found[name] = Binding(record["layout"], spec, record["details"])
+        found[name] = Binding(
+            record["layout"], spec, record["details"], tuple(part.spec.n for part in parts)
+        )
     return found
 
 

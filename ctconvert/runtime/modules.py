@@ -62,7 +62,7 @@ class KernelLinear(_Kernel):
     @property
     def widths(self) -> tuple[int, ...]:
         """Rows of each fused part, in order."""
-        return self.binding.spec.widths
+        return self.binding.widths
 
     def __init__(
         self,
