@@ -5,14 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ctconvert.checkpoint.source import LocalFiles, Source, open_files
-from ctconvert.description import describe
+from msgspec.structs import replace
+
 from ctconvert.errors import UsageError
-from ctconvert.inspection import inspection
-from ctconvert.planning import Options, Plan, make_plan
+from ctconvert.inspection import Inspection, inspection
+from ctconvert.output import Output
+from ctconvert.plan.choose import check_options
+from ctconvert.plan.describe import describe
+from ctconvert.plan.make import make_plan, restore_plan
 from ctconvert.progress import Progress, Silent
+from ctconvert.records import Options, Plan, Report, Verified
+from ctconvert.store.checkpoint import Checkpoint
+from ctconvert.store.hub import home_path, open_store
+from ctconvert.store.local import LocalStore
+
+if TYPE_CHECKING:
+    from ctconvert.work.executors import Executor
+
+#: The most threads that are ever of use, and that a machine can be trusted to start.
+MOST_WORKERS = 256
 
 
 def _options(
@@ -23,10 +36,18 @@ def _options(
     max_shard_size: int,
 ) -> Options:
     overrides = tuple((layout or {}).items())
-    return Options(target, fuse, keep_unsupported, overrides, max_shard_size)
+    if not 1 <= max_shard_size < 2**63:
+        raise UsageError(f"max_shard_size {max_shard_size}: it must be positive, and in 64 bits")
+    return Options(
+        target=target,
+        fuse=fuse,
+        keep_unsupported=keep_unsupported,
+        overrides=overrides,
+        max_shard_size=max_shard_size,
+    )
 
 
-def inspect(model: str | Path, *, target: str | None = None) -> dict[str, Any]:
+def inspect(model: str | Path, *, target: str | None = None) -> Inspection:
     """What a checkpoint holds: schemes by module, sizes, oddities; reads headers only.
 
     Args:
@@ -40,8 +61,10 @@ def inspect(model: str | Path, *, target: str | None = None) -> dict[str, Any]:
         UsageError: there is no such model or target.
         BadInputError: the checkpoint is damaged or contradicts itself.
     """
-    options = None if target is None else Options(target, keep_unsupported=True)
-    description = describe(Source.open(open_files(str(model), download=False)))
+    options = None if target is None else Options(target=target, keep_unsupported=True)
+    if options is not None:
+        check_options(options)
+    description = describe(Checkpoint(open_store(str(model), download=False)))
     return inspection(description, None if options is None else make_plan(description, options))
 
 
@@ -67,19 +90,20 @@ def plan(
         download: fetch a Hub model's files now, so that the plan can be carried out.
 
     Returns:
-        the plan; ``plan.refusals`` lists what no layout takes.
+        the plan; its ``refusals`` list what no layout takes.
 
     Raises:
         UsageError: there is no such model, target or layout.
         BadInputError: the checkpoint is damaged or contradicts itself.
     """
     options = _options(target, fuse, keep_unsupported, layout, max_shard_size)
-    return make_plan(describe(Source.open(open_files(str(model), download=download))), options)
+    check_options(options)
+    return make_plan(describe(Checkpoint(open_store(str(model), download=download))), options)
 
 
 def default_out(model: str | Path, target: str) -> Path:
     """``MODEL-TARGET`` beside a directory; in the current one for a Hub id."""
-    path = Path(model).expanduser()
+    path = home_path(model)
     if path.is_dir():
         path = path.resolve()
         return path.with_name(f"{path.name}-{target}")
@@ -101,7 +125,7 @@ def repack(
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Converts a compressed-tensors checkpoint into a kernel-ready one.
 
     Args:
@@ -122,32 +146,34 @@ def repack(
         UnsupportedError: the target has no layout for a module.
         ConversionError: the disk is full, or a transform failed.
     """
-    from ctconvert import device as devices
-    from ctconvert.execution import execute
+    from ctconvert.work.build import Settings, build
 
-    if resume and overwrite:
-        raise UsageError("--resume and --overwrite contradict each other; give one of them")
-    chosen = devices.resolve(device)
-    destination = Path(out) if out is not None else default_out(model, target)
-    planned = plan(
-        model,
-        target=target,
-        fuse=fuse,
-        keep_unsupported=keep_unsupported,
-        layout=layout,
-        max_shard_size=max_shard_size,
-        download=True,
-    )
-    return execute(
-        planned,
-        destination,
-        device=chosen,
-        workers=worker_count(workers),
+    settings = Settings(
+        executor=_executor(workers),
+        progress=progress or Silent(),
+        device=_device(device),
         resume=resume,
         overwrite=overwrite,
         verify=verify,
-        progress=progress or Silent(),
     )
+    options = _options(target, fuse, keep_unsupported, layout, max_shard_size)
+    check_options(options)
+    destination = default_out(model, target) if out is None else home_path(out)
+    store = open_store(str(model), download=True)
+    return build(make_plan(describe(Checkpoint(store)), options), store, destination, settings)
+
+
+def _device(name: str) -> str:
+    """The device of a ``--device`` argument, by name."""
+    from ctconvert.device import resolve
+
+    return str(resolve(name))
+
+
+def _executor(workers: int | None) -> Executor:
+    from ctconvert.work.executors import Threads
+
+    return Threads(worker_count(workers))
 
 
 def verify(
@@ -158,7 +184,7 @@ def verify(
     device: str = "auto",
     workers: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Verified:
     """Proves an output: every byte against the manifest, and with ``against`` every code and scale.
 
     Args:
@@ -175,19 +201,23 @@ def verify(
     Raises:
         VerificationError: something differs; the message names the tensor, module or file.
     """
-    from ctconvert.verification import verify_against, verify_files
+    from ctconvert.work.staging import recover
+    from ctconvert.work.verify import verify_against, verify_output
 
-    count, shown = worker_count(workers), progress or Silent()
-    report = verify_files(Path(out), shown, count)
+    path, shown = home_path(out), progress or Silent()
+    executor = _executor(workers)
+    recover(path)
+    output = Output.open(path)
+    found = verify_output(output, executor, shown)
     if against is not None:
-        files = open_files(str(against), download=True)
-        assert isinstance(files, LocalFiles)
-        report["against"] = verify_against(Path(out), Source.open(files), shown, count)
+        checkpoint = Checkpoint(open_store(str(against), download=True))
+        compared = verify_against(output, checkpoint, executor, shown)
+        found = replace(found, against=compared)
     if kernels:
         from ctconvert.runtime.proof import verify_kernels
 
-        report["kernels"] = verify_kernels(Path(out), device, shown)
-    return report
+        found = replace(found, kernels=verify_kernels(path, device, shown))
+    return found
 
 
 def restore(
@@ -200,7 +230,7 @@ def restore(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Turns a converted checkpoint back into the compressed-tensors one it was made from.
 
     Codes, scales, zero points and every other tensor equal the source's bit for bit; the kept
@@ -219,20 +249,29 @@ def restore(
         UsageError: ``dest`` exists or overlaps ``out``.
         ConversionError: the disk is full.
     """
-    from ctconvert import device as devices
-    from ctconvert import restoring
+    from ctconvert.work.build import Settings, build
+    from ctconvert.work.staging import check_place, recover
+    from ctconvert.work.verify import verify_output
 
-    if resume and overwrite:
-        raise UsageError("--resume and --overwrite contradict each other; give one of them")
-    return restoring.restore(
-        Path(out),
-        Path(dest),
-        device=devices.resolve(device),
-        workers=worker_count(workers),
+    settings = Settings(
+        executor=_executor(workers),
+        progress=progress or Silent(),
+        device=_device(device),
         resume=resume,
         overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        progress=progress or Silent(),
+    )
+    path, destination = home_path(out), home_path(dest)
+    recover(path)
+    output = Output.open(path)
+    if output.plan.kind == "restored":
+        raise UsageError(f"{out} is a restored checkpoint already")
+    check_place(path, destination)
+    verify_output(output, settings.executor, settings.progress)
+    store = LocalStore(path)
+    if not 1 <= max_shard_size < 2**63:
+        raise UsageError(f"max_shard_size {max_shard_size}: it must be positive, and in 64 bits")
+    return build(
+        restore_plan(output.manifest, store.id, max_shard_size), store, destination, settings
     )
 
 
@@ -244,6 +283,6 @@ def worker_count(workers: int | None) -> int:
     """
     if workers is None:
         return max(2, min(8, os.cpu_count() or 2))
-    if workers < 1:
-        raise UsageError(f"--workers {workers}: at least one is needed")
+    if not 1 <= workers <= MOST_WORKERS:
+        raise UsageError(f"--workers {workers}: it must lie between 1 and {MOST_WORKERS}")
     return workers

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from ctconvert.specs import TensorSpec
+from ctconvert.specs import Dtype, TensorSpec
 
-_TORCH: Mapping[str, torch.dtype] = {
+_TORCH: Mapping[Dtype, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -23,11 +23,11 @@ _TORCH: Mapping[str, torch.dtype] = {
     "I64": torch.int64,
     "F64": torch.float64,
 }
-_NAMES = {dtype: name for name, dtype in _TORCH.items()}
+_NAMES: Mapping[torch.dtype, Dtype] = {dtype: name for name, dtype in _TORCH.items()}
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name (KeyError where a weight cannot have it)."""
+def torch_dtype(name: Dtype) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name."""
     return _TORCH[name]
 
 

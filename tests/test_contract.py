@@ -24,7 +24,7 @@ from ctconvert.dtypes import same_bits, spec_of
 from ctconvert.formats import FORMATS, Format
 from ctconvert.formats.base import METADATA_NAMES, ModuleTensors
 from ctconvert.layouts import LAYOUTS, TARGETS, Layout
-from ctconvert.quantization import ModuleScheme
+from ctconvert.formats.quantization import ModuleScheme
 from ctconvert.specs import QuantizedWeight, TensorSpec
 from ctconvert.stacking import can_stack, stack, stacked_spec, unstack
 

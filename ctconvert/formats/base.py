@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ctconvert.errors import BadInputError
-from ctconvert.quantization import ModuleScheme, activations_label, family
+from ctconvert.formats.quantization import ModuleScheme, activations_label, family
 from ctconvert.specs import SCALE_DTYPES, QuantizedWeight, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:

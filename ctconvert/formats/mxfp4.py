@@ -23,7 +23,7 @@ from ctconvert.formats.base import (
     scale_spec,
     storage_of,
 )
-from ctconvert.quantization import ModuleScheme
+from ctconvert.formats.quantization import ModuleScheme
 from ctconvert.specs import QuantizedWeight, WeightSpec
 
 if TYPE_CHECKING:

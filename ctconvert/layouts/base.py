@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Layout(ABC):
     """A kernel layout. Stateless; knows tensors by local names (``qweight``), never by file.
 
-    The weight it is given is one that :func:`ctconvert.stacking.stack` made: a per-tensor scale
-    is already one per output channel.
+    The weight it is given is one that an assembly made: a per-tensor scale is already one per
+    output channel, and rows and columns are padded as :meth:`padded_shape` asks.
     """
 
     #: The name in the manifest and on the command line.
@@ -50,8 +50,15 @@ class Layout(ABC):
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
         """The exact inverse of :meth:`encode`: ``tensors`` and the spec to the weight."""
 
-    def details(self, spec: WeightSpec) -> dict[str, Any]:
-        """What else a reader must know, for the manifest: ``view``, ``padded_shape``."""
+    def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
+        """N x K of the weight that :meth:`encode` is given: what is supported, padded if need be.
+
+        What is added has code 0, scale 0 and zero point 0.
+        """
+        return spec.n, spec.k
+
+    def views(self, spec: WeightSpec) -> dict[str, str]:
+        """The tensors that a kernel takes another view of, for the manifest: ``t``, transposed."""
         return {}
 
 

@@ -12,14 +12,14 @@ After::
     weight_scale       [V, groups]     in the source's dtype
     weight_zero_point  u8 [V, groups]  unsigned codes   asymmetric
 
-The manifest's ``packing`` says which of the two packings 3, 5, 6 and 7 bits have. The layout of
+The spec's ``packing`` says which of the two packings 3, 5, 6 and 7 bits have. The layout of
 vLLM's embedding gather kernel for compressed-tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ctconvert.layouts.base import Layout
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
@@ -60,9 +60,6 @@ class Gather(Layout):
         if not spec.symmetric:
             specs["weight_zero_point"] = TensorSpec("U8", spec.scale_shape)
         return specs
-
-    def details(self, spec: WeightSpec) -> dict[str, Any]:
-        return {"packing": spec.packing}
 
     def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         import torch

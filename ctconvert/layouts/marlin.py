@@ -9,29 +9,26 @@ Before (logical weight, N x K, b = 4 or 8 bits, f = 32/b)::
 
 After, ``marlin``::
 
-    qweight              i32 [Kp/16, Np*16/f]   tiles
-    scales               [groups, Np]           reordered along N, in the source's dtype; a
+    qweight              i32 [K/16, N*16/f]     tiles
+    scales               [groups, N]            reordered along N, in the source's dtype; a
                                                 single row in the channel-wise order
-    qzeros               i32 [groups, Np/f]     reordered and packed along N    asymmetric
+    qzeros               i32 [groups, N/f]      reordered and packed along N    asymmetric
     g_idx_sort_indices   i32 [K]                column j of the tiles is the weight's column [j]
 
 After, ``marlin-mxfp4``::
 
-    weight        i32 [Kp/16, Np*2]
-    weight_scale  E8M0 bytes [Kp/32, Np]
+    weight        i32 [K/16, N*2]
+    weight_scale  E8M0 bytes [K/32, N]
 
-Np x Kp is N x K, or the next shape that the kernel's tiles fit; what is added has code 0 and scale
-0 (byte 0 of E8M0 is the smallest scale; code 0 is 0.0). The orders are those of
+N x K is what the kernel's tiles fit: other weights are padded before, with code 0 and scale 0 (byte
+0 of E8M0 is the smallest scale; code 0 is 0.0). The orders are those of
 :mod:`ctconvert.transforms.marlin`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
-
-from msgspec import structs
+from typing import TYPE_CHECKING
 
 from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs, weight_only
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
@@ -43,68 +40,14 @@ if TYPE_CHECKING:
 GROUP_SIZES = (32, 64, 128)
 
 
-def padded_shape(n: int, k: int) -> tuple[int, int]:
-    """The smallest N x K that the kernel's tiles fit: (64, 128) or (128, 64) at a time."""
-    from ctconvert.transforms.marlin import marlin_padded_shape
-
-    return marlin_padded_shape(n, k)
-
-
-def _padded_codes(weight: QuantizedWeight) -> torch.Tensor:
-    from ctconvert.transforms.marlin import pad_words
-
-    spec = weight.spec
-    n, k = padded_shape(spec.n, spec.k)
-    codes = weight.packed()
-    if (n, k) == (spec.n, spec.k):
-        return codes
-    return pad_words(codes, spec.bits, spec.n, spec.k, n, k, fill_code=0)
-
-
-def _padded_groups(rows: torch.Tensor, spec: WeightSpec) -> torch.Tensor:
-    """[N, groups] of bytes or floats as [groups of Kp, Np], transposed, zeros where padded."""
-    n, k = padded_shape(spec.n, spec.k)
-    groups = k // spec.group_size if spec.group_size else 1
-    if (n, groups) == (spec.n, rows.shape[1]):
-        return rows.t().contiguous()
-    padded = rows.new_zeros((groups, n))
-    padded[: rows.shape[1], : spec.n] = rows.t()
-    return padded
-
-
-def _check_zero(region: torch.Tensor, what: str) -> None:
-    if region.numel() and bool(region.any()):
-        raise ValueError(f"the padding of {what} is not 0")
-
-
-def _unpadded_codes(tiles: torch.Tensor, spec: WeightSpec) -> torch.Tensor:
-    from ctconvert.transforms.marlin import marlin_unpack
-
-    n, k = padded_shape(spec.n, spec.k)
-    words = -(-spec.k // spec.codes_per_word)
-    codes = marlin_unpack(tiles, spec.bits, n, k)
-    if (n, k) == (spec.n, spec.k):
-        return codes
-    _check_zero(codes[spec.n :], "the rows")
-    _check_zero(codes[:, words:], "the columns")
-    return codes[: spec.n, :words].contiguous()
-
-
-def _unpadded_groups(rows: torch.Tensor, spec: WeightSpec, what: str) -> torch.Tensor:
-    import torch
-
-    raw = rows.view(torch.uint8) if rows.element_size() == 1 else rows
-    _check_zero(raw[:, spec.n :], what)
-    _check_zero(raw[spec.groups :], what)
-    return rows[: spec.groups, : spec.n].t().contiguous()
-
-
 class _Marlin(Layout):
     read_by = "Marlin GEMM, SM80 and newer"
 
-    def details(self, spec: WeightSpec) -> dict[str, Any]:
-        n, k = padded_shape(spec.n, spec.k)
-        return {} if (n, k) == (spec.n, spec.k) else {"padded_shape": [n, k]}
+    def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
+        """The smallest N x K that the kernel's tiles fit: (64, 128) or (128, 64) at a time."""
+        from ctconvert.transforms.marlin import marlin_padded_shape
+
+        return marlin_padded_shape(spec.n, spec.k)
 
 
 class Marlin(_Marlin):
@@ -123,7 +66,7 @@ class Marlin(_Marlin):
             return Support(f"group size {spec.group_size}; it takes 32, 64, 128 and channel-wise")
         if spec.k % spec.codes_per_word:
             return Support(f"K = {spec.k} is no multiple of {spec.codes_per_word} codes a word")
-        _, k = padded_shape(spec.n, spec.k)
+        _, k = self.padded_shape(spec)
         if spec.group_size and k % spec.group_size:
             return Support(f"K = {spec.k} padded to {k} is no multiple of the group size")
         if spec.has_g_idx and k != spec.k:
@@ -133,37 +76,34 @@ class Marlin(_Marlin):
         return Support()
 
     def output_specs(self, spec: WeightSpec) -> dict[str, TensorSpec]:
-        n, k = padded_shape(spec.n, spec.k)
-        groups = k // spec.group_size if spec.group_size else 1
+        words = spec.n // spec.codes_per_word
         assert spec.scale_dtype is not None
         specs = {
-            "qweight": TensorSpec("I32", (k // 16, n * 16 // spec.codes_per_word)),
-            "scales": TensorSpec(spec.scale_dtype, (groups, n)),
+            "qweight": TensorSpec("I32", (spec.k // 16, 16 * words)),
+            "scales": TensorSpec(spec.scale_dtype, (spec.groups, spec.n)),
         }
         if not spec.symmetric:
-            specs["qzeros"] = TensorSpec("I32", (groups, n // spec.codes_per_word))
+            specs["qzeros"] = TensorSpec("I32", (spec.groups, words))
         if spec.has_g_idx:
-            specs["g_idx_sort_indices"] = TensorSpec("I32", (k,))
+            specs["g_idx_sort_indices"] = TensorSpec("I32", (spec.k,))
         return specs | side_specs(spec)
 
     def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         from ctconvert.transforms import marlin
 
         spec = weight.spec
-        scale, perm = weight.scale, None
+        codes, scale, perm = weight.packed(), weight.scale, None
         assert scale is not None
         if weight.g_idx is not None:
             _check_whole_groups(weight.g_idx, spec)
-            codes, perm = marlin.sort_columns(weight.packed(), weight.g_idx, spec.bits)
-            plain = structs.replace(spec, storage="packed")
-            weight = replace(weight, codes=codes, spec=plain)
-        scales = _padded_groups(scale, spec)
+            codes, perm = marlin.sort_columns(codes, weight.g_idx, spec.bits)
+        scales = scale.t().contiguous()
         made = {
-            "qweight": marlin.marlin_pack(_padded_codes(weight), spec.bits),
+            "qweight": marlin.marlin_pack(codes, spec.bits),
             "scales": marlin.marlin_permute_scales(scales, channelwise=scales.shape[0] == 1),
         }
         if weight.zero_point is not None:
-            zeros = _padded_groups(weight.zero_point, spec)
+            zeros = weight.zero_point.t().contiguous()
             made["qzeros"] = marlin.marlin_pack_zero_points(zeros, spec.bits)
         if perm is not None:
             made["g_idx_sort_indices"] = perm
@@ -175,7 +115,7 @@ class Marlin(_Marlin):
         from ctconvert.transforms import marlin
         from ctconvert.transforms.packed import unpack_int8
 
-        codes = _unpadded_codes(tensors["qweight"], spec)
+        codes = marlin.marlin_unpack(tensors["qweight"], spec.bits, spec.n, spec.k)
         g_idx = None
         if spec.has_g_idx:
             perm = tensors["g_idx_sort_indices"]
@@ -191,11 +131,11 @@ class Marlin(_Marlin):
         zero_point = None
         if not spec.symmetric:
             zeros = marlin.marlin_unpack_zero_points(tensors["qzeros"], spec.bits)
-            zero_point = _unpadded_groups(zeros, spec, "the zero points")
+            zero_point = zeros.t().contiguous()
         return QuantizedWeight(
             spec,
             codes=codes,
-            scale=_unpadded_groups(scales, spec, "the scales"),
+            scale=scales.t().contiguous(),
             zero_point=zero_point,
             g_idx=g_idx,
             side=decode_side(tensors, spec),
@@ -231,11 +171,10 @@ class MarlinMXFP4(_Marlin):
         return Support()
 
     def output_specs(self, spec: WeightSpec) -> dict[str, TensorSpec]:
-        n, k = padded_shape(spec.n, spec.k)
         assert spec.scale_dtype is not None
         return {
-            "weight": TensorSpec("I32", (k // 16, n * 2)),
-            "weight_scale": TensorSpec(spec.scale_dtype, (k // 32, n)),
+            "weight": TensorSpec("I32", (spec.k // 16, spec.n * 2)),
+            "weight_scale": TensorSpec(spec.scale_dtype, (spec.k // 32, spec.n)),
         }
 
     def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -244,9 +183,9 @@ class MarlinMXFP4(_Marlin):
         from ctconvert.transforms import marlin
 
         assert weight.scale is not None
-        scales = _padded_groups(weight.scale.view(torch.uint8), weight.spec)
+        scales = weight.scale.view(torch.uint8).t().contiguous()
         return {
-            "weight": marlin.marlin_pack(_padded_codes(weight), 4),
+            "weight": marlin.marlin_pack(weight.packed(), 4),
             "weight_scale": marlin.marlin_permute_mxfp4_scales(scales).view(weight.scale.dtype),
         }
 
@@ -259,6 +198,6 @@ class MarlinMXFP4(_Marlin):
         scales = marlin.marlin_unpermute_mxfp4_scales(stored.view(torch.uint8))
         return QuantizedWeight(
             spec,
-            codes=_unpadded_codes(tensors["weight"], spec),
-            scale=_unpadded_groups(scales, spec, "the scales").view(stored.dtype),
+            codes=marlin.marlin_unpack(tensors["weight"], 4, spec.n, spec.k),
+            scale=scales.t().contiguous().view(stored.dtype),
         )

@@ -21,7 +21,7 @@ After::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
@@ -76,9 +76,8 @@ class ScaledMM(Layout):
             specs[name] = TensorSpec("I8", (1,))
         return specs | side_specs(spec)
 
-    def details(self, spec: WeightSpec) -> dict[str, Any]:
-        block = {"block": list(spec.block)} if spec.block else {}
-        return {"view": {"weight": "t"}, **block}
+    def views(self, spec: WeightSpec) -> dict[str, str]:
+        return {"weight": "t"}
 
     def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         import torch

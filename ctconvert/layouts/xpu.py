@@ -18,7 +18,7 @@ and ``int4_gemm_w4a16`` of vLLM's XPU kernels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs, weight_only
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
@@ -63,8 +63,8 @@ class _XPU(Layout):
             "weight_zero_point": TensorSpec("I8", (1,)),
         } | side_specs(spec)
 
-    def details(self, spec: WeightSpec) -> dict[str, Any]:
-        return {"view": {"weight_packed": "t"}}
+    def views(self, spec: WeightSpec) -> dict[str, str]:
+        return {"weight_packed": "t"}
 
     def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         import torch

@@ -13,15 +13,13 @@ from safetensors import safe_open
 from torch import nn
 
 from ctconvert import device as devices
-from ctconvert.comparison import find_layout
 from ctconvert.dtypes import torch_dtype
-from ctconvert.errors import ConversionError, UsageError
-from ctconvert.quantization import QuantizationSettings, config_of_method, with_config
-from ctconvert.restoring import recorded_part, restored_config
+from ctconvert.errors import ConversionError, UsageError, VerificationError
+from ctconvert.layouts import get as get_layout
+from ctconvert.output import Output
+from ctconvert.records import Convert
 from ctconvert.runtime.bindings import Binding
 from ctconvert.runtime.modules import FusedPart, KernelEmbedding, KernelLinear, TiedHead
-from ctconvert.stacking import stacked_spec
-from ctconvert.verification import Output
 
 #: Tensors a model need not have a place for: scales of a quantised KV cache, and what older files
 #: hold of rotary embeddings, which transformers computes.
@@ -30,24 +28,24 @@ _UNUSED = ("k_scale", "v_scale", "q_scale", "inv_freq")
 Modules = dict[str, KernelLinear | KernelEmbedding]
 
 
-def bindings(output: Output) -> dict[str, Binding]:
-    """What each converted module is, from the manifest and the original quantization_config.
+def binding(module: Convert) -> Binding:
+    """What a converted module is, as its kernel needs to know it.
 
     Raises:
-        VerificationError: the manifest names a layout this program does not know.
+        VerificationError: its layout, or this version of it, is not known here.
     """
-    settings = QuantizationSettings.parse(
-        restored_config(output.folder), str(output.folder / "config.json")
-    )
-    found = {}
-    for name, record in output.manifest["modules"].items():
-        find_layout(name, record["layout"], record["layout_version"])
-        parts = [recorded_part(item, record, settings).part for item in record["parts"]]
-        spec = stacked_spec([part.spec for part in parts])
-        found[name] = Binding(
-            record["layout"], spec, record["details"], tuple(part.spec.n for part in parts)
+    recipe = module.recipe
+    layout = get_layout(recipe.layout)
+    if layout is None or layout.version != recipe.layout_version:
+        raise VerificationError(
+            f"module {module.name}: layout {recipe.layout} version {recipe.layout_version} is not "
+            "known to this ctconvert; use the one that wrote it"
         )
-    return found
+    logical = module.logical
+    details: dict[str, Any] = {"packing": recipe.weight.packing}
+    if (recipe.weight.n, recipe.weight.k) != (logical.n, logical.k):
+        details["padded_shape"] = [recipe.weight.n, recipe.weight.k]
+    return Binding(recipe.layout, logical, details, module.widths)
 
 
 class Loader:
@@ -63,16 +61,17 @@ class Loader:
     """
 
     def __init__(self, out: str | Path, device: str = "auto") -> None:
-        self.output = Output(Path(out))
+        self.output = Output.open(out)
         self.device = devices.resolve(device)
-        self.bindings = bindings(self.output)
+        self.folder = Path(self.output.where)
+        self.converted = {module.name: module for module in self.output.plan.modules}
+        self.bindings = {name: binding(module) for name, module in self.converted.items()}
         self._stack = ExitStack()
         self._files = {
-            name: self._stack.enter_context(
-                safe_open(self.output.folder / name, "pt", device=str(self.device))
+            shard.name: self._stack.enter_context(
+                safe_open(self.folder / shard.name, "pt", device=str(self.device))
             )
-            for name in self.output.manifest["files"]
-            if name.endswith(".safetensors")
+            for shard in self.output.plan.shards
         }
 
     def __enter__(self) -> Loader:
@@ -83,10 +82,9 @@ class Loader:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every converted module."""
-        modules, tensors = self.output.manifest["modules"], self.output.tensors
         return {
-            name: sum(tensors[full].nbytes for full in record["tensors"])
-            for name, record in modules.items()
+            name: sum(entry.nbytes for entry in module.made)
+            for name, module in self.converted.items()
         }
 
     def tensor(self, name: str, file: str) -> torch.Tensor:
@@ -98,20 +96,19 @@ class Loader:
 
         Tensors go from the file to the device once; on the CPU they stay mapped.
         """
-        binding, record = self.bindings[name], self.output.manifest["modules"][name]
-        beside = {local for part in record["parts"] for local in part["beside"]}
-        tensors, bias = {}, None
-        for full, entry in record["tensors"].items():
-            local = full.rpartition(".")[2]
-            if local in beside:
-                bias = self.tensor(full, entry["file"]) if local == "bias" else bias
-            else:
-                tensors[local] = self.tensor(full, entry["file"])
+        binding, module = self.bindings[name], self.converted[name]
+        cut = len(name) + 1
+        tensors = {
+            entry.name[cut:]: self.tensor(entry.name, entry.file) for entry in module.outputs
+        }
+        bias = None
+        if (entry := module.beside.get("bias")) is not None:
+            bias = self.tensor(entry.name, entry.file)
         kind = KernelEmbedding if binding.spec.embedding else KernelLinear
-        if record["experts"] is None:
+        if module.experts is None:
             return {name: kind(binding, tensors, bias)}
         found: Modules = {}
-        for index in range(record["experts"]):
+        for index in range(module.experts):
             one = {local: tensor[index] for local, tensor in tensors.items()}
             found[f"{name}.{index}"] = kind(binding, one, None if bias is None else bias[index])
         return found
@@ -183,14 +180,14 @@ def load_model(
 def _model(loader: Loader, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    output = loader.output
-    raw = json.loads((output.folder / "config.json").read_bytes())
-    if found := config_of_method(raw, "ctconvert"):
-        raw = with_config(raw, found[0], None)
-    raw.pop("quantization_config", None)
+    raw = json.loads(loader.output.plan.source.config)
+    for holder in (raw, raw.get("text_config")):
+        if isinstance(holder, dict):
+            holder.pop("quantization_config", None)
+            holder.pop("compression_config", None)
     if "model_type" not in raw:
         raise UsageError(
-            f"{output.folder / 'config.json'}: no model_type, so no transformers model"
+            f"{loader.folder / 'config.json'}: no model_type, so no transformers model"
         )
     config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     wanted = dtype or getattr(config, "dtype", None) or torch.bfloat16
@@ -212,35 +209,37 @@ def _model(loader: Loader, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
                 f"module {name}: weights of {str(held).removeprefix('torch.')} multiply "
                 f"activations of that dtype only: pass dtype={held}"
             )
-    _put_modules(model, output, modules)
-    for name, entry in output.manifest["tensors"].items():
-        _put_tensor(model, name, loader.tensor(name, entry["file"]), wanted)
+    _put_modules(model, loader.converted, modules)
+    for copy in loader.output.plan.copies:
+        _put_tensor(model, copy.name, loader.tensor(copy.name, copy.output.file), wanted)
     _tie(model, modules)
     empty = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if empty:
-        raise ConversionError(f"{output.folder}: holds no tensor for {empty[0]} of the model")
+        raise ConversionError(f"{loader.folder}: holds no tensor for {empty[0]} of the model")
     model.eval().to(loader.device)
     tokenizer = None
-    if (output.folder / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(output.folder)
-    generation = output.folder / "generation_config.json"
+    if (loader.folder / "tokenizer_config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(loader.folder)
+    generation = loader.folder / "generation_config.json"
     if generation.exists():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(output.folder)
+        model.generation_config = GenerationConfig.from_pretrained(loader.folder)
     return model, tokenizer
 
 
-def _put_modules(model: nn.Module, output: Output, modules: Mapping[str, nn.Module]) -> None:
+def _put_modules(
+    model: nn.Module, converted: Mapping[str, Convert], modules: Mapping[str, nn.Module]
+) -> None:
     for name, module in modules.items():
-        parts = output.manifest["modules"].get(name, {}).get("parts", [])
+        parts = converted[name].sources if name in converted else ()
         if len(parts) < 2:
             _replace(model, name, module)
             continue
         assert isinstance(module, KernelLinear)
         shared: dict[str, Any] = {}
         for index, part in enumerate(parts):
-            _replace(model, part["name"], FusedPart(module, index, shared))
+            _replace(model, part.name, FusedPart(module, index, shared))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,1 +1,0 @@
-"""Reading and writing checkpoints: safetensors files, their index, the manifest."""

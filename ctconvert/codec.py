@@ -1,0 +1,304 @@
+"""Between source tensors and kernel tensors, and back: decode, assemble, encode, check.
+
+Conversion, restoration, comparison and the runtime's proof all go this way; none knows how
+another reads or writes. Everything here works on one unit of a module at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ctconvert import formats, layouts
+from ctconvert.assembly import Assembly, Concat, Pad, Part, Slice, Stack, assembled
+from ctconvert.dtypes import same_bits, spec_of, torch_dtype
+from ctconvert.errors import BadInputError, ConversionError, VerificationError
+from ctconvert.layouts import Layout
+from ctconvert.records import Convert, Restore, SourceModule
+from ctconvert.specs import QuantizedWeight, TensorSpec, WeightSpec
+from ctconvert.store.safetensors import TensorEntry
+from ctconvert.transforms import cuts
+
+#: Gives the tensor of an entry, on the CPU, in memory of its own.
+Read = Callable[[TensorEntry], torch.Tensor]
+Tensors = dict[str, torch.Tensor]
+
+
+def find_layout(module: str, name: str, version: int) -> Layout:
+    """The layout a manifest names.
+
+    Raises:
+        VerificationError: this program does not know it, or knows another version of it.
+    """
+    layout = layouts.get(name)
+    if layout is None or layout.version != version:
+        raise VerificationError(
+            f"module {module}: layout {name} version {version} is not known to this ctconvert; "
+            "use the one that wrote it"
+        )
+    return layout
+
+
+def source_weight(
+    source: SourceModule, expert: int | None, read: Read, device: torch.device
+) -> QuantizedWeight:
+    """One weight of the source, decoded, on ``device``.
+
+    Raises:
+        BadInputError: the data is damaged.
+    """
+    handler = formats.get(source.weight.format)
+    if handler is None:
+        raise VerificationError(f"module {source.name}: unknown format {source.weight.format}")
+    tensors = {local: read(entry).to(device) for local, entry in source.entries(expert).items()}
+    try:
+        return handler.decode(tensors, source.weight)
+    except ValueError as error:
+        raise BadInputError(f"module {source.name}: {error}") from None
+
+
+def assemble(
+    assembly: Assembly, sources: Sequence[SourceModule], read: Read, device: torch.device
+) -> QuantizedWeight:
+    """The weight of one unit, made of the source's."""
+    if isinstance(assembly, Part):
+        return cuts.expand(source_weight(sources[assembly.source], assembly.expert, read, device))
+    if isinstance(assembly, Concat):
+        return cuts.join_rows([assemble(part, sources, read, device) for part in assembly.parts])
+    if isinstance(assembly, Stack):
+        raise ValueError("a stack is assembled one unit at a time")
+    inner = assemble(assembly.part, sources, read, device)
+    if isinstance(assembly, Pad):
+        specs = [source.weight for source in sources]
+        return cuts.pad(inner, assembled(assembly, specs))
+    axis = cuts.rows if assembly.axis == "n" else cuts.columns
+    share = (inner.spec.n if assembly.axis == "n" else inner.spec.k) // assembly.ranks
+    return axis(inner, assembly.rank * share, (assembly.rank + 1) * share)
+
+
+def encode(item: Convert, unit: int, read: Read, device: torch.device) -> Tensors:
+    """One unit of a module, source tensors to kernel tensors by local name, on the CPU.
+
+    The layout is inverted on the spot and must give back every code and scale.
+
+    Raises:
+        BadInputError: the source's data is damaged.
+        ConversionError: the layout does not invert; nothing wrong is ever written.
+    """
+    recipe = item.recipe
+    layout = find_layout(item.name, recipe.layout, recipe.layout_version)
+    weight = assemble(item.units[unit], item.sources, read, device)
+    weight.spec = recipe.weight
+    try:
+        made = layout.encode(weight)
+    except ValueError as error:
+        raise BadInputError(f"module {item.name}: {error}") from None
+    check_specs(item, layout, made)
+    if wrong := first_difference(weight, layout.decode(made, recipe.weight)):
+        raise ConversionError(
+            f"module {item.name}: layout {layout.name} does not give back its {wrong}; this is a "
+            "bug in ctconvert, and the module was not written"
+        )
+    return {local: tensor.cpu() for local, tensor in made.items()}
+
+
+def check_specs(item: Convert, layout: Layout, made: Mapping[str, torch.Tensor]) -> None:
+    """Raises ConversionError unless a layout made what it had announced."""
+    for local, spec in layout.output_specs(item.recipe.weight).items():
+        if local not in made or spec_of(made[local]) != spec:
+            have = spec_of(made[local]) if local in made else "nothing"
+            raise ConversionError(
+                f"module {item.name}: layout {layout.name} made {have} for {local}, planned "
+                f"{spec}; this is a bug in ctconvert"
+            )
+
+
+def first_difference(a: QuantizedWeight, b: QuantizedWeight) -> str | None:
+    """The first of codes, scale, zero_point, ... in which two weights differ, bit for bit."""
+    left, right = a.tensors(), b.tensors()
+    for name in [*left, *(set(right) - set(left))]:
+        if name not in left or name not in right or not same_bits(left[name], right[name]):
+            return name
+    return None
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Rows and columns of a source weight, as an output module holds them."""
+
+    part: Part
+    row: int
+    column: int
+    weight: QuantizedWeight
+
+
+def decode(item: Convert, unit: int, read: Read, device: torch.device) -> list[Fragment]:
+    """What one unit of an output module holds of the source's weights.
+
+    ``read`` reads the output.
+
+    Raises:
+        VerificationError: the layout's tensors hold what it cannot have made.
+    """
+    recipe = item.recipe
+    layout = find_layout(item.name, recipe.layout, recipe.layout_version)
+    tensors = {local: read(entry).to(device) for local, entry in item.locals(unit).items()}
+    wanted = layout.output_specs(recipe.weight)
+    if tensors.keys() != wanted.keys():
+        raise VerificationError(
+            f"module {item.name}: holds {', '.join(tensors)}, and layout {layout.name} has "
+            f"{', '.join(wanted)}"
+        )
+    try:
+        for local, spec in wanted.items():
+            if spec_of(tensors[local]) != spec:
+                raise VerificationError(
+                    f"tensor {item.name}.{local}: {spec_of(tensors[local])}, expected {spec}"
+                )
+        weight = layout.decode(tensors, recipe.weight)
+        for local, tensor in layout.encode(weight).items():
+            if not same_bits(tensor, tensors[local]):
+                raise VerificationError(
+                    f"tensor {item.name}.{local}: holds bytes that layout {layout.name} does not "
+                    "make"
+                )
+        return list(_fragments(item.units[unit], item.specs, weight, 0, 0))
+    except ValueError as error:
+        raise VerificationError(f"module {item.name}: {error}") from None
+
+
+def _fragments(
+    assembly: Assembly,
+    specs: Sequence[WeightSpec],
+    weight: QuantizedWeight,
+    row: int,
+    column: int,
+) -> Iterator[Fragment]:
+    """Takes an assembly apart; ``weight`` begins at ``row`` and ``column`` of what it makes."""
+    if isinstance(assembly, Part):
+        yield Fragment(assembly, row, column, weight)
+    elif isinstance(assembly, Pad):
+        inner = assembled(assembly.part, specs)
+        yield from _fragments(assembly.part, specs, cuts.strip(weight, inner), row, column)
+    elif isinstance(assembly, Slice):
+        whole = assembled(assembly.part, specs)
+        if assembly.axis == "n":
+            row += assembly.rank * (whole.n // assembly.ranks)
+        else:
+            column += assembly.rank * (whole.k // assembly.ranks)
+        yield from _fragments(assembly.part, specs, weight, row, column)
+    elif isinstance(assembly, Concat):
+        first = 0
+        for part in assembly.parts:
+            last = first + assembled(part, specs).n
+            start, stop = max(first, row), min(last, row + weight.spec.n)
+            if start < stop:
+                some = cuts.rows(weight, start - row, stop - row)
+                yield from _fragments(part, specs, some, start - first, column)
+            first = last
+    else:
+        raise ValueError("a stack inside an assembly")
+
+
+def joined(fragments: Sequence[Fragment], source: SourceModule) -> QuantizedWeight:
+    """One weight of the source, of all its fragments.
+
+    Raises:
+        VerificationError: they do not cover it.
+        ValueError: they contradict each other.
+    """
+    spec = source.weight
+    lines: dict[int, list[Fragment]] = {}
+    for fragment in sorted(fragments, key=lambda item: (item.row, item.column)):
+        lines.setdefault(fragment.row, []).append(fragment)
+    made, row = [], 0
+    for start, line in lines.items():
+        column = 0
+        for fragment in line:
+            if start != row or fragment.column != column:
+                break
+            column += fragment.weight.spec.k
+        if start != row or column != spec.k:
+            break
+        made.append(cuts.join_columns([fragment.weight for fragment in line]))
+        row += made[-1].spec.n
+    if row != spec.n or len(made) != len(lines):
+        raise VerificationError(
+            f"module {source.name}: the output's modules do not hold all of it once"
+        )
+    return cuts.collapse(cuts.join_rows(made), spec)
+
+
+def restore(
+    item: Restore, unit: int, read: Read, device: torch.device
+) -> Iterator[tuple[SourceModule, int | None, Tensors]]:
+    """The source modules of one unit: each, its expert, and its tensors by local name, on the CPU.
+
+    ``read`` reads the output. The few-element tensors that the manifest holds are not among them.
+
+    Raises:
+        VerificationError: the output is damaged.
+    """
+    found: dict[tuple[str, int | None], tuple[SourceModule, list[Fragment]]] = {}
+    for module in item.modules:
+        for fragment in decode(module, unit, read, device):
+            source = module.sources[fragment.part.source]
+            key = source.name, fragment.part.expert
+            found.setdefault(key, (source, []))[1].append(fragment)
+    for (name, expert), (source, fragments) in found.items():
+        handler = formats.get(source.weight.format)
+        if handler is None:
+            raise VerificationError(f"module {name}: unknown format {source.weight.format}")
+        try:
+            made = handler.encode(joined(fragments, source))
+        except ValueError as error:
+            raise VerificationError(f"module {name}: {error}") from None
+        entries = source.entries(expert)
+        yield (
+            source,
+            expert,
+            {
+                local: _as_stored(tensor, entries[local].spec)
+                for local, tensor in made.items()
+                if local not in source.values
+            },
+        )
+
+
+def _as_stored(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    return tensor.cpu().to(torch_dtype(spec.dtype)).reshape(spec.shape).contiguous()
+
+
+def compare(item: Convert, unit: int, made: Read, original: Read, device: torch.device) -> int:
+    """Compares one unit of an output module with its source, bit for bit.
+
+    Args:
+        item: the module, its sources being those of the checkpoint to compare with.
+        unit: counts its experts.
+        made: reads the output.
+        original: reads the source.
+        device: where both are decoded.
+
+    Returns:
+        how many source bytes were compared.
+
+    Raises:
+        VerificationError: a code, scale, zero point, ... differs.
+    """
+    count = 0
+    for fragment in decode(item, unit, made, device):
+        source = item.sources[fragment.part.source]
+        want = cuts.expand(source_weight(source, fragment.part.expert, original, device))
+        have = fragment.weight
+        want = cuts.rows(want, fragment.row, fragment.row + have.spec.n)
+        want = cuts.columns(want, fragment.column, fragment.column + have.spec.k)
+        if wrong := first_difference(want, have):
+            where = f" (expert {unit})" if item.experts is not None else ""
+            raise VerificationError(
+                f"module {item.name}{where}: {wrong} of {source.name} differs from the source's"
+            )
+        share = have.spec.n * have.spec.k / (source.weight.n * source.weight.k)
+        count += int(source.nbytes // (source.experts or 1) * share)
+    return count

@@ -1,0 +1,79 @@
+"""A checkpoint that ctconvert made, opened by its manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ctconvert.errors import UsageError, VerificationError
+from ctconvert.records import FileRecord, Manifest
+from ctconvert.store.base import Store
+from ctconvert.store.checkpoint import MANIFEST
+from ctconvert.store.hub import home_path
+from ctconvert.store.local import LocalStore
+
+#: Files that may stand beside a checkpoint's own: no loader takes them for a part of it.
+_TOLERATED = ("README.md", "LICENSE", ".gitattributes")
+
+
+class Output:
+    """A converted or restored checkpoint; sizes and headers are as its manifest says.
+
+    Raises:
+        VerificationError: the manifest or a header is damaged, a file is missing or too many.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.manifest = Manifest.load(store)
+        self.plan = self.manifest.plan
+        sizes = store.sizes()
+        for record in self.manifest.files:
+            if record.name not in sizes:
+                reason = store.left_out().get(record.name)
+                raise VerificationError(f"{store.path(record.name)}: {reason or 'missing'}")
+            if sizes[record.name] != record.size:
+                raise VerificationError(
+                    f"{store.path(record.name)}: {sizes[record.name]} bytes, expected {record.size}"
+                )
+        for shard in self.plan.shards:
+            header = self.plan.header(shard)
+            if store.read(shard.name, 0, len(header)) != header:
+                raise VerificationError(
+                    f"{store.path(shard.name)}: damaged: its header has changed"
+                )
+        if stray := strays(store, self.manifest):
+            raise VerificationError(
+                f"{store.path(stray[0])}: not part of this checkpoint; remove it"
+            )
+
+    @classmethod
+    def open(cls, out: str | Path) -> Output:
+        """The checkpoint in a directory.
+
+        Raises:
+            UsageError: there is no such directory.
+            VerificationError: as for the class.
+        """
+        path = home_path(out)
+        if not path.is_dir():
+            raise UsageError(f"{out}: no such directory")
+        return cls(LocalStore(path))
+
+    @property
+    def where(self) -> str:
+        return self.store.where
+
+    def whole_files(self) -> list[FileRecord]:
+        """The files whose hash is of the whole: all but the shards."""
+        shards = {shard.name for shard in self.plan.shards}
+        return [record for record in self.manifest.files if record.name not in shards]
+
+
+def strays(store: Store, manifest: Manifest) -> list[str]:
+    """What stands in a checkpoint's directory and is not in its manifest."""
+    known = manifest.file_records
+    return [
+        name
+        for name in [*store.sizes(), *store.left_out()]
+        if name not in known and name != MANIFEST and not name.startswith(_TOLERATED)
+    ]

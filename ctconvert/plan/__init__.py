@@ -1,0 +1,1 @@
+"""The plan: everything decided before a byte of weight data is read."""

@@ -1,0 +1,273 @@
+"""Plans: of a conversion, from a description; of the way back, from a manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from msgspec.structs import replace
+
+from ctconvert import layouts
+from ctconvert.errors import UnsupportedError, UsageError
+from ctconvert.formats.quantization import with_config
+from ctconvert.plan.assemble import Candidate, alone, fuse, possible_names
+from ctconvert.plan.choose import Chooser, check_options, matches
+from ctconvert.plan.describe import Description
+from ctconvert.plan.place import Placed, place
+from ctconvert.records import (
+    FORMAT_VERSION,
+    Convert,
+    Copy,
+    Item,
+    Manifest,
+    Options,
+    Origin,
+    Plan,
+    Recipe,
+    Refusal,
+    Restore,
+    SourceFile,
+)
+from ctconvert.specs import TensorSpec
+from ctconvert.store.checkpoint import Checkpoint
+from ctconvert.store.safetensors import TensorEntry
+
+#: A module with its recipe, before its tensors have a place.
+_Made = tuple[Candidate, Recipe]
+
+
+def make_plan(description: Description, options: Options) -> Plan:
+    """Decides the layout of every module and the place of every output tensor.
+
+    Modules that no layout takes are in :attr:`Plan.refusals`, or in :attr:`Plan.kept` with
+    ``keep_unsupported``.
+
+    Raises:
+        BadInputError: two output tensors would have one name.
+        UsageError: a target or layout does not exist, or one was asked for modules that are not
+            there.
+    """
+    check_options(options)
+    if options.overrides:
+        names = possible_names(description.modules)
+        for pattern, layout in options.overrides:
+            if not any(matches(pattern, name) for name in names):
+                raise UsageError(
+                    f"--layout {pattern}={layout}: no quantised module has such a name"
+                )
+    notes: list[str] = []
+    chooser = Chooser(options)
+    made: dict[str, _Made] = {}  # by the name of each source module
+    refusals: list[Refusal] = []
+    if options.fuse:
+        for candidate, parts in fuse(description, notes):
+            recipe = chooser.recipe(candidate)
+            if isinstance(recipe, str):
+                notes.append(f"{candidate.name} is not fused: {recipe}")
+            else:
+                made |= dict.fromkeys(parts, (candidate, recipe))
+    for module in description.modules.values():
+        if module.name in made:
+            continue
+        reason: Recipe | str = module.reason
+        if not reason and module.source is not None:
+            candidate = alone(module.source)
+            reason = chooser.recipe(candidate)
+        if isinstance(reason, str):
+            refusals.append(Refusal(module.name, module.format, module.label, reason))
+        else:
+            made[module.name] = (candidate, reason)
+    refused = {refusal.module for refusal in refusals}
+    order = list(_in_source_order(description, made, refused))
+    shards, placed = place(map(_outputs, order), options.max_shard_size)
+    plan = Plan(
+        kind="converted",
+        options=options,
+        source=_origin(description.checkpoint),
+        items=tuple(_item(item, placed) for item in order),
+        shards=shards,
+        config="",
+        side_files=tuple(description.checkpoint.side_files()),
+        kept=tuple(refusals) if options.keep_unsupported else (),
+        refusals=() if options.keep_unsupported else tuple(refusals),
+        notes=(*notes, *description.oddities),
+    )
+    return _with_config(plan, description)
+
+
+def refuse(plan: Plan) -> None:
+    """Raises :class:`UnsupportedError` listing every refusal of a plan, if there is one."""
+    if plan.refusals:
+        lines = "".join(f"\n  {refusal}" for refusal in plan.refusals)
+        count = len(plan.refusals)
+        raise UnsupportedError(
+            f"target {plan.options.target} has no layout for {count} "
+            f"module{'s' * (count > 1)}; nothing was written (--keep-unsupported copies "
+            f"them unchanged):{lines}"
+        )
+
+
+def _origin(checkpoint: Checkpoint) -> Origin:
+    sizes = checkpoint.store.sizes()
+    return Origin(
+        id=checkpoint.store.id,
+        revision=checkpoint.store.revision,
+        files=tuple(SourceFile(name, sizes[name]) for name in checkpoint.shards),
+        config=checkpoint.config_text,
+        metadata=checkpoint.metadata,
+    )
+
+
+def _in_source_order(
+    description: Description, made: Mapping[str, _Made], refused: set[str]
+) -> Iterator[_Made | TensorEntry]:
+    placed: set[str] = set()
+    for entry in description.checkpoint.tensors.values():
+        module = entry.name.rpartition(".")[0]
+        if entry.name in description.plain or module in refused:
+            yield entry
+            continue
+        candidate, recipe = made[module]
+        if candidate.name not in placed:
+            placed.add(candidate.name)
+            yield candidate, recipe
+
+
+def _outputs(item: _Made | TensorEntry) -> dict[str, TensorSpec]:
+    """The output tensors of a unit of work, by full name."""
+    if isinstance(item, TensorEntry):
+        return {item.name: item.spec}
+    candidate, recipe = item
+    layout = layouts.get(recipe.layout)
+    assert layout is not None
+    experts = candidate.sources[0].experts
+    leading = () if experts is None else (experts,)
+    found = {
+        f"{candidate.name}.{local}": TensorSpec(spec.dtype, (*leading, *spec.shape))
+        for local, spec in layout.output_specs(recipe.weight).items()
+    }
+    for local, entries in candidate.beside.items():
+        found[f"{candidate.name}.{local}"] = joined_rows(entries)
+    return found
+
+
+def joined_rows(entries: Sequence[TensorEntry]) -> TensorSpec:
+    """The spec of tensors joined along dimension 0."""
+    first = entries[0].spec
+    if len(entries) == 1:
+        return first
+    rows = sum(entry.spec.shape[0] if entry.spec.shape else 1 for entry in entries)
+    return TensorSpec(first.dtype, (rows, *first.shape[1:]))
+
+
+def _item(item: _Made | TensorEntry, placed: Placed) -> Item:
+    if isinstance(item, TensorEntry):
+        return Copy(item, placed[item.name])
+    candidate, recipe = item
+    beside = {local: placed[f"{candidate.name}.{local}"] for local in candidate.beside}
+    layout = layouts.get(recipe.layout)
+    assert layout is not None
+    names = [f"{candidate.name}.{local}" for local in layout.output_specs(recipe.weight)]
+    return Convert(
+        name=candidate.name,
+        sources=candidate.sources,
+        recipe=recipe,
+        outputs=tuple(placed[name] for name in names),
+        beside=beside,
+    )
+
+
+def _with_config(plan: Plan, description: Description) -> Plan:
+    """The plan with config.json's text: the source's, its quantization_config inside ours."""
+    settings = description.settings
+    ours: dict[str, Any] = {
+        "quant_method": "ctconvert",
+        "format_version": FORMAT_VERSION,
+        "target": plan.options.target,
+        "modules": plan.layouts(),
+        "source": settings.source,
+    }
+    if plan.kept:
+        ours["unconverted"] = [refusal.module for refusal in plan.kept]
+    config = with_config(description.checkpoint.config, settings.path, ours)
+    return replace(plan, config=json.dumps(config, indent=2) + "\n")
+
+
+def restore_plan(manifest: Manifest, id: str, max_shard_size: int) -> Plan:
+    """The plan of the way back: the source's tensors, made of an output's.
+
+    Items are in the order of the output's files, so that they are read through once.
+
+    Args:
+        manifest: of the output.
+        id: what the output is called.
+        max_shard_size: bytes of tensors in one file.
+    """
+    made = manifest.plan
+    items: list[Restore | Copy] = [
+        Restore(tuple(group), tuple(_source_entries(group))) for group in _groups(made.modules)
+    ]
+    items += [Copy(copy.output, copy.source) for copy in made.copies]
+
+    def first(item: Restore | Copy) -> tuple[str, int]:
+        if isinstance(item, Copy):
+            return item.source.file, item.source.offset
+        outputs = [entry for module in item.modules for entry in module.made]
+        return min((entry.file, entry.offset) for entry in outputs)
+
+    items.sort(key=first)
+    groups = [{entry.name: entry.spec for entry in item.made} for item in items]
+    shards, placed = place(groups, max_shard_size)
+    return Plan(
+        kind="restored",
+        options=Options(target=None, max_shard_size=max_shard_size),
+        source=Origin(
+            id=id,
+            files=tuple(SourceFile(shard.name, shard.size) for shard in made.shards),
+            config=made.config,
+            manifest=manifest.manifest_sha256,
+        ),
+        items=tuple(_put(item, placed) for item in items),
+        shards=shards,
+        config=made.source.config,
+        side_files=made.side_files,
+    )
+
+
+def _put(item: Restore | Copy, placed: Placed) -> Restore | Copy:
+    if isinstance(item, Copy):
+        return Copy(item.source, placed[item.name])
+    return Restore(item.modules, tuple(placed[entry.name] for entry in item.outputs))
+
+
+def _source_entries(modules: Sequence[Convert]) -> Iterator[TensorEntry]:
+    """The source's tensors that a group of output modules holds, each once."""
+    seen: set[str] = set()
+    for module in modules:
+        for source in module.sources:
+            if source.name not in seen:
+                seen.add(source.name)
+                yield from source.tensors.values()
+                yield from source.beside.values()
+
+
+def _groups(modules: Sequence[Convert]) -> list[list[Convert]]:
+    """Output modules that hold parts of the same source modules, together."""
+    groups: list[list[Convert]] = []
+    of_source: dict[str, list[Convert]] = {}
+    for module in modules:
+        names = [source.name for source in module.sources]
+        joined = [of_source[name] for name in names if name in of_source]
+        group = joined[0] if joined else []
+        if not joined:
+            groups.append(group)
+        group.append(module)
+        for other in joined[1:]:
+            if other is not group:
+                group.extend(item for item in other if item not in group)
+                groups.remove(other)
+                for item in other:
+                    of_source |= {source.name: group for source in item.sources}
+        of_source |= dict.fromkeys(names, group)
+    return groups

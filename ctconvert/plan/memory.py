@@ -1,0 +1,60 @@
+"""How much memory a plan takes, from its records alone."""
+
+from __future__ import annotations
+
+from ctconvert.records import Convert, Copy, Item, Plan, Restore
+from ctconvert.specs import TensorSpec
+from ctconvert.store.base import CHUNK
+
+#: Part of the budget that does not depend on the largest module: room to work on several.
+_ROOM = 256 << 20
+#: What the interpreter and the libraries hold before any weight is read.
+_BASE = 600 << 20
+
+
+def item_bytes(item: Item) -> int:
+    """What one unit of an item holds at its peak, its source tensors included."""
+    if isinstance(item, Copy):
+        return min(CHUNK, item.source.nbytes)
+    if isinstance(item, Restore):
+        made = sum(module.input_bytes for module in item.modules)
+        return sum(module.output_bytes for module in item.modules) * 2 + 2 * made
+    return item.input_bytes + _transform_bytes(item)
+
+
+def _transform_bytes(item: Convert) -> int:
+    """What a transform holds beside its source tensors.
+
+    That is the logical weight (where it is not the source's own memory), the output, and the weight
+    that the output is decoded to, to be compared; or the parts of a joined weight and the whole.
+    """
+    spec = item.recipe.weight
+    logical = item.input_bytes
+    if spec.storage == "plain":
+        logical = TensorSpec(spec.element, (spec.n, spec.k)).nbytes
+    joined = len(item.widths) > 1
+    own = logical if joined or spec.sparse else 0
+    joining = 2 * logical if joined and spec.sparse else 0
+    return max(joining, own + item.output_bytes + logical)
+
+
+def comparison_bytes(item: Convert) -> int:
+    """What comparing one unit of an output module with its source holds at its peak."""
+    return item.output_bytes + item_bytes(item)
+
+
+def budget(plan: Plan, compare: bool = False) -> int:
+    """Bytes that the units in flight may hold between them: the largest, and room for others."""
+    largest = max(
+        (
+            comparison_bytes(item) if compare and isinstance(item, Convert) else item_bytes(item)
+            for item in plan.items
+        ),
+        default=0,
+    )
+    return _ROOM + largest
+
+
+def peak_memory(plan: Plan) -> int:
+    """An upper estimate of a conversion's private memory, in bytes."""
+    return _BASE + budget(plan)

@@ -1,0 +1,76 @@
+"""Where every output tensor lies: its shard and its offset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ctconvert.errors import BadInputError
+from ctconvert.records import Plan, Shard
+from ctconvert.specs import DTYPE_BITS, TensorSpec
+from ctconvert.store.safetensors import TensorEntry, build_header
+
+Placed = dict[str, TensorEntry]
+
+
+def place(
+    groups: Iterable[Mapping[str, TensorSpec]], limit: int
+) -> tuple[tuple[Shard, ...], Placed]:
+    """Fills shards in order, up to ``limit`` bytes of tensors each.
+
+    Args:
+        groups: the tensors of each unit of work by full name; they stay together, so a group
+            larger than the limit stands alone.
+        limit: bytes.
+
+    Returns:
+        the shards, and every tensor by name.
+
+    Raises:
+        BadInputError: two tensors have one name.
+    """
+    shards: list[list[tuple[str, TensorSpec]]] = [[]]
+    seen: set[str] = set()
+    size = 0
+    for group in groups:
+        for name in group:
+            if name in seen:
+                raise BadInputError(
+                    f"two tensors of the output would be named {name}; the source already holds "
+                    "one of that name"
+                )
+            seen.add(name)
+        nbytes = sum(spec.nbytes for spec in group.values())
+        if shards[-1] and size + nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].extend(group.items())
+        size += nbytes
+    made: list[Shard] = []
+    placed: Placed = {}
+    for index, tensors in enumerate(shards, 1):
+        # most aligned first, as safetensors writes them, so that every tensor is aligned
+        tensors.sort(key=lambda item: -DTYPE_BITS[item[1].dtype])
+        header, offsets = build_header(tensors)
+        file = f"model-{index:05}-of-{len(shards):05}.safetensors"
+        if len(shards) == 1:
+            file = "model.safetensors"
+        for (name, spec), offset in zip(tensors, offsets, strict=True):
+            placed[name] = TensorEntry(name, file, offset, spec)
+        total = len(header) + sum(spec.nbytes for _, spec in tensors)
+        made.append(Shard(file, total, tuple(name for name, _ in tensors)))
+    return tuple(made), placed
+
+
+def index_of(shards: Sequence[Shard], entries: Mapping[str, TensorEntry]) -> dict[str, Any]:
+    """The content of ``model.safetensors.index.json``."""
+    weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+    total = sum(entries[name].nbytes for name in weight_map)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def disk_bytes(plan: Plan, side_sizes: Mapping[str, int]) -> int:
+    """Bytes the output takes, side files and manifest (about) included."""
+    side = sum(side_sizes[name] for name in plan.side_files)
+    manifest = 4096 + 3072 * len(plan.modules) + 768 * len(plan.copies)
+    return plan.tensor_bytes + side + manifest

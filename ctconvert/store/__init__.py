@@ -1,0 +1,1 @@
+"""Bytes: where checkpoints are read from and written to."""

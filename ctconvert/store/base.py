@@ -1,0 +1,78 @@
+"""What a store is: named byte ranges, wherever they lie.
+
+To add one: a class with the four methods of :class:`Store`; nothing else in the package knows
+where bytes come from. A store can be pickled, so that a job can run in another process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+
+#: Bytes read, copied or hashed at once where no transform needs a whole tensor.
+CHUNK = 8 << 20
+
+
+class Store(ABC):
+    """The files of a checkpoint: names, sizes, byte ranges. Safe to share by threads."""
+
+    #: What the user calls it, for messages.
+    where: str
+    #: Its name in the manifest: a Hub id, or the directory's own name.
+    id: str
+    #: The Hub commit, or None.
+    revision: str | None = None
+
+    @abstractmethod
+    def sizes(self) -> Mapping[str, int]:
+        """Every file by its path relative to the checkpoint, with its size in bytes."""
+
+    @abstractmethod
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fills ``buffer`` from a file.
+
+        Raises:
+            ConversionError: the file ends early (it changed after its size was read), or it
+                cannot be read.
+        """
+
+    @abstractmethod
+    def fingerprint(self, name: str) -> str:
+        """A text that changes whenever the file's content may have changed."""
+
+    def left_out(self) -> Mapping[str, str]:
+        """What stands beside the files and is none, by name, with the reason."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027 (most stores hold nothing open)
+        """Gives up open files; the store can be used again."""
+
+    def path(self, name: str) -> str:
+        """The file for messages."""
+        return f"{self.where}/{name}"
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Bytes of a file; fewer where it ends early."""
+        rest = max(self.sizes()[name] - offset, 0)
+        buffer = bytearray(rest if length is None else min(length, rest))
+        self.read_into(name, offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def pieces(self, name: str, offset: int = 0, length: int | None = None) -> Iterator[memoryview]:
+        """A range of a file, a few MB at a time; each piece is valid until the next."""
+        left = self.sizes()[name] - offset if length is None else length
+        buffer = memoryview(bytearray(min(CHUNK, max(left, 0))))
+        while left > 0:
+            part = buffer[: min(CHUNK, left)]
+            self.read_into(name, offset, part)
+            yield part
+            offset += len(part)
+            left -= len(part)
+
+    def sha256(self, name: str) -> str:
+        """The hash of a whole file, in hexadecimal."""
+        digest = hashlib.sha256()
+        for part in self.pieces(name):
+            digest.update(part)
+        return digest.hexdigest()

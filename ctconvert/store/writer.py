@@ -1,0 +1,150 @@
+"""Writing into a directory: byte ranges in any order, made durable file by file."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from ctconvert.errors import ConversionError
+
+
+class Sink(Protocol):
+    """Where output bytes go: ranges of files that exist at their full size. Can be pickled."""
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Puts bytes in their place; may be called from several threads and processes at once.
+
+        Raises:
+            ConversionError: they cannot be written, for instance because the disk is full.
+        """
+
+
+def cannot_write(path: Path, error: OSError) -> ConversionError:
+    """One line for an error of the file system."""
+    if error.errno is not None and os.strerror(error.errno) != str(error):
+        reason = os.strerror(error.errno)
+    else:
+        reason = str(error)
+    return ConversionError(
+        f"{path}: cannot write: {reason}; free some space or choose another place, then run "
+        "again with --resume"
+    )
+
+
+def fsync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class LocalSink:
+    """A directory that nobody reads until it is complete: files are written under their names."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def create(self, name: str, header: bytes, size: int) -> None:
+        """Makes a file of its full size that begins with ``header``.
+
+        Raises:
+            ConversionError: the file system refuses.
+        """
+        path = self.root / name
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            descriptor = os.open(path, flags, 0o644)
+            with self._lock:
+                self._open[name] = descriptor
+            os.truncate(descriptor, size)
+        except OSError as error:
+            raise cannot_write(path, error) from None
+        self.write(name, 0, memoryview(header))
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        try:
+            descriptor = self._file(name)
+            done = 0
+            while done < len(data):
+                done += os.pwrite(descriptor, data[done:], offset + done)
+        except OSError as error:
+            raise cannot_write(self.root / name, error) from None
+
+    def _file(self, name: str) -> int:
+        found = self._open.get(name)
+        if found is None:
+            with self._lock:
+                found = self._open.get(name)
+                if found is None:
+                    flags = os.O_RDWR | os.O_CLOEXEC
+                    found = self._open[name] = os.open(self.root / name, flags)
+        return found
+
+    def finish(self, name: str) -> None:
+        """Makes a file durable and gives up its descriptor.
+
+        Raises:
+            ConversionError: the file system refuses.
+        """
+        try:
+            descriptor = self._file(name)
+            os.fsync(descriptor)
+            # what is read back to be verified should come from the disk, not from memory
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            with self._lock:
+                os.close(self._open.pop(name))
+        except OSError as error:
+            raise cannot_write(self.root / name, error) from None
+
+    def put(self, name: str, data: bytes | Iterable[bytes | memoryview]) -> None:
+        """Writes a whole file, durably.
+
+        Args:
+            name: its path, folders included; they are made.
+            data: its content, or pieces of it.
+
+        Raises:
+            ConversionError: the file system refuses.
+        """
+        path = self.root / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.writelines([data] if isinstance(data, bytes) else data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(path, error) from None
+
+    def sync(self) -> None:
+        """Makes every name in the directory durable.
+
+        Raises:
+            ConversionError: the file system refuses.
+        """
+        try:
+            for folder, _, _ in os.walk(self.root):
+                fsync_directory(Path(folder))
+        except OSError as error:
+            raise cannot_write(self.root, error) from None
+
+    def close(self) -> None:
+        """Gives up every descriptor."""
+        with self._lock:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()

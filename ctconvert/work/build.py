@@ -1,0 +1,356 @@
+"""The one lifecycle of everything that makes a directory: check, stage, run, verify, commit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctconvert import __version__
+from ctconvert.errors import BadInputError, ConversionError, CtconvertError, UsageError
+from ctconvert.output import Output
+from ctconvert.plan.make import refuse
+from ctconvert.plan.memory import budget
+from ctconvert.plan.place import disk_bytes, index_of
+from ctconvert.progress import Progress
+from ctconvert.records import (
+    FORMAT_VERSION,
+    Convert,
+    Copy,
+    FileRecord,
+    Item,
+    Manifest,
+    Plan,
+    Report,
+    Shard,
+    Tool,
+    to_json,
+)
+from ctconvert.store.base import Store
+from ctconvert.store.checkpoint import CONFIG, INDEX, MANIFEST
+from ctconvert.store.local import LocalStore
+from ctconvert.store.writer import LocalSink
+from ctconvert.work.executors import Executor
+from ctconvert.work.jobs import Context, CopyJob, HashJob, Job
+from ctconvert.work.staging import Identity, Staging, check_place, discard_committed, recover
+from ctconvert.work.verify import verify_output
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a build runs; nothing of it shapes the bytes of the output.
+
+    Args:
+        executor: what runs the jobs.
+        device: where transforms run, as ``--device`` names it.
+        resume: take over the finished shards of an earlier, killed run.
+        overwrite: replace what is there.
+        verify: read the output back and check every hash before it appears.
+        progress: told of bytes done.
+    """
+
+    executor: Executor
+    progress: Progress
+    device: str = "cpu"
+    resume: bool = False
+    overwrite: bool = False
+    verify: bool = True
+
+
+def build(plan: Plan, store: Store, out: Path, settings: Settings) -> Report:
+    """Makes a planned checkpoint under ``out``.
+
+    Args:
+        plan: without refusals.
+        store: what the plan was made of.
+        out: the directory to make; its parent is made where missing.
+        settings: how.
+
+    Raises:
+        UnsupportedError: the plan has refusals.
+        UsageError: ``out`` exists, or overlaps the source.
+        BadInputError: the source's data is damaged (a NaN scale, a code out of range).
+        ConversionError: the disk is full, a transform failed, or the source changed meanwhile.
+    """
+    refuse(plan)
+    if settings.resume and settings.overwrite:
+        raise UsageError("--resume and --overwrite contradict each other; give one of them")
+    out = check_place(store.root if isinstance(store, LocalStore) else None, out)
+    recover(out)
+    if settings.resume and (done := _complete(plan, store, out, settings)):
+        return done
+    run = _Build(plan, store, out, settings)
+    resumed = run.run()
+    return _report(plan, out, resumed)
+
+
+def _complete(plan: Plan, store: Store, out: Path, settings: Settings) -> Report | None:
+    """The report of an output that an earlier run has completed, or None.
+
+    Raises:
+        UsageError: it is there, and the source has changed since.
+        VerificationError: it is damaged.
+    """
+    if not (out / MANIFEST).is_file():
+        return None
+    local = LocalStore(out)
+    try:
+        manifest = Manifest.load(local)
+    except CtconvertError:
+        return None  # not this program's: the staging says what may be done with it
+    if to_json(manifest.plan.options) != to_json(plan.options) or manifest.plan.kind != plan.kind:
+        return None
+    changed = UsageError(
+        f"{out} is complete, but the source has changed since it was made; use --overwrite to "
+        "convert it again"
+    )
+    if manifest.plan.digest() != plan.digest():
+        raise changed
+    settings.progress.note(f"{out} is there: comparing the source with what it was made of")
+    names = [file.name for file in plan.source.hashed] + list(plan.side_files)
+    records = manifest.file_records | {record.name: record for record in manifest.sources}
+    context = Context(store, progress=settings.progress)
+    sizes = store.sizes()
+    settings.progress.phase("comparing", sum(sizes[name] for name in names))
+    jobs = [HashJob(name, name, 0, sizes[name]) for name in names]
+    for done in settings.executor.run(jobs, context):
+        for name, digest in done.hashes.items():
+            if name not in records or records[name].sha256 != digest:
+                raise changed
+    if settings.verify:
+        verify_output(Output(local), settings.executor, settings.progress)
+    discard_committed(out)
+    settings.progress.note(f"{out} is already complete")
+    return _report(plan, out, resumed=len(plan.shards))
+
+
+class _Build:
+    """One run of the lifecycle, from an open staging to a commit."""
+
+    def __init__(self, plan: Plan, store: Store, out: Path, settings: Settings) -> None:
+        self.plan = plan
+        self.store = store
+        self.settings = settings
+        self.digest = plan.digest()
+        self.watched = [file.name for file in plan.source.files] + list(plan.side_files)
+        self.prints = {name: store.fingerprint(name) for name in self.watched}
+        asked = [__version__, plan.kind, to_json(plan.options).decode()]
+        options = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        self.staging = Staging(out, Identity(options, self.digest, self.prints))
+        self.hashes: dict[str, str] = {}
+
+    def run(self) -> int:
+        """Returns how many shards were taken over."""
+        settings, staging = self.settings, self.staging
+        sink = staging.open(resume=settings.resume, overwrite=settings.overwrite)
+        try:
+            if staging.note:
+                settings.progress.note(staging.note)
+            resumed = self._take_over()
+            left = [shard for shard in self.plan.shards if shard.name not in staging.shards]
+            done = self.plan.tensor_bytes - sum(shard.size for shard in left)
+            staging.check_space(disk_bytes(self.plan, self.store.sizes()) - done)
+            self._fill(left, sink)
+            manifest = self._finish(sink)
+            self._check_unchanged()
+            if settings.verify:
+                output = Output(LocalStore(staging.folder))
+                verify_output(output, settings.executor, settings.progress)
+            staging.commit(manifest.manifest_sha256)
+        except BadInputError:
+            staging.discard()  # nothing in it can be of use: the source must change
+            raise
+        finally:
+            sink.close()
+            self.store.close()
+            staging.close()
+        return resumed
+
+    def _take_over(self) -> int:
+        """Keeps the finished shards of an earlier run that are whole; returns how many."""
+        plan, staging = self.plan, self.staging
+        made = LocalStore(staging.folder)
+        jobs: list[Job] = []
+        whole: set[str] = set()
+        for shard in plan.shards:
+            hashes = staging.shards.get(shard.name)
+            if hashes is None or hashes.keys() != set(shard.tensors):
+                continue
+            header = plan.header(shard)
+            if made.sizes().get(shard.name) != shard.size:
+                continue
+            if made.read(shard.name, 0, len(header)) == header:
+                whole.add(shard.name)
+                jobs += [_hash_of(plan, name) for name in shard.tensors]
+        if jobs:
+            total = sum(shard.size for shard in plan.shards if shard.name in whole)
+            self.settings.progress.phase("checking", total)
+        for done in self.settings.executor.run(
+            jobs, Context(made, progress=self.settings.progress)
+        ):
+            for name, digest in done.hashes.items():
+                file = plan.entries[name].file
+                if staging.shards[file][name] != digest:
+                    whole.discard(file)
+        made.close()
+        staging.keep_only(whole)
+        for hashes in staging.shards.values():
+            self.hashes |= hashes
+        if whole:
+            self.settings.progress.note(f"{len(whole)} of {len(plan.shards)} shards taken over")
+        return len(whole)
+
+    def _fill(self, left: list[Shard], sink: LocalSink) -> None:
+        """Makes the shards that are not there, and hashes the source beside."""
+        names = {shard.name for shard in left}
+        items: dict[str, list[Item]] = {shard.name: [] for shard in left}
+        for item in self.plan.items:
+            file = item.made[0].file
+            if file in names:
+                items[file].append(item)
+        waiting = {name: len(found) for name, found in items.items()}
+        progress = self.settings.progress
+        label = "converting" if self.plan.kind == "converted" else "restoring"
+        progress.phase(label, sum(shard.size for shard in left))
+        shards = {shard.name: shard for shard in left}
+        context = Context(
+            self.store,
+            sink,
+            device=self.settings.device,
+            memory=budget(self.plan),
+            progress=progress,
+        )
+
+        def jobs() -> Iterator[Job]:
+            hashing = self._source_jobs()
+            for shard in left:
+                if (ahead := next(hashing, None)) is not None:
+                    yield ahead
+                sink.create(shard.name, self.plan.header(shard), shard.size)
+                if not items[shard.name]:
+                    self._finish_shard(shard, sink)
+                for item in items[shard.name]:
+                    yield job_of(item)
+            yield from hashing
+
+        with closing(self.settings.executor.run(jobs(), context)) as results:
+            for done in results:
+                if isinstance(done.job, HashJob):
+                    for name, digest in done.hashes.items():
+                        self.staging.finished_source(name, digest)
+                    continue
+                self.hashes |= done.hashes
+                file = self.plan.entries[next(iter(done.hashes))].file
+                waiting[file] -= 1
+                if not waiting[file]:
+                    self._finish_shard(shards[file], sink)
+
+    def _finish_shard(self, shard: Shard, sink: LocalSink) -> None:
+        sink.finish(shard.name)
+        hashes = {name: self.hashes[name] for name in shard.tensors}
+        self.staging.finished_shard(shard.name, hashes)
+
+    def _source_jobs(self) -> Iterator[Job]:
+        """Hashes of the source's files that are not known; read in order, they read ahead."""
+        for file in self.plan.source.hashed:
+            if file.name not in self.staging.sources:
+                yield HashJob(file.name, file.name, 0, file.size, counted=False)
+
+    def _finish(self, sink: LocalSink) -> Manifest:
+        """Everything but the shards; the manifest last."""
+        plan, files = self.plan, []
+        for shard in plan.shards:
+            digest = hashlib.sha256(plan.header(shard)).hexdigest()
+            files.append(FileRecord(shard.name, shard.size, digest))
+        made = {CONFIG: plan.config.encode()}
+        if len(plan.shards) > 1:
+            index = index_of(plan.shards, plan.entries)
+            made[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+        for name, data in made.items():
+            sink.put(name, data)
+            files.append(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()))
+        for name in plan.side_files:
+            digests = _Hashing(self.store.pieces(name))
+            sink.put(name, digests)
+            files.append(FileRecord(name, digests.size, digests.hexdigest()))
+        sizes = self.store.sizes()
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            tool=Tool("ctconvert", __version__),
+            plan=plan,
+            tensors={entry.name: self.hashes[entry.name] for entry in plan.entries.values()},
+            files=tuple(files),
+            sources=tuple(
+                FileRecord(file.name, sizes[file.name], self.staging.sources[file.name])
+                for file in plan.source.hashed
+            ),
+        )
+        data = manifest.dump()
+        sink.put(MANIFEST, data)
+        sink.sync()
+        return Manifest.parse(data, MANIFEST)
+
+    def _check_unchanged(self) -> None:
+        """Raises ConversionError where the source is no longer what it was at the beginning."""
+        for name, before in self.prints.items():
+            if self.store.fingerprint(name) != before:
+                self.staging.discard()
+                raise ConversionError(
+                    f"{self.store.path(name)}: changed while it was being converted; nothing was "
+                    "kept"
+                )
+
+
+class _Hashing:
+    """Pieces of a file on their way, hashed and counted."""
+
+    def __init__(self, pieces: Iterable[memoryview]) -> None:
+        self._pieces = pieces
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for piece in self._pieces:
+            self._digest.update(piece)
+            self.size += len(piece)
+            yield piece
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def job_of(item: Item) -> Job:
+    """The job that makes an item of a plan."""
+    if isinstance(item, Copy):
+        return CopyJob(item)
+    from ctconvert.work.transforming import ConvertJob, RestoreJob
+
+    return ConvertJob(item) if isinstance(item, Convert) else RestoreJob(item)
+
+
+def _hash_of(plan: Plan, name: str) -> HashJob:
+    entry = plan.entries[name]
+    return HashJob(name, entry.file, entry.offset, entry.nbytes)
+
+
+def _report(plan: Plan, out: Path, resumed: int) -> Report:
+    converted = plan.kind == "converted"
+    restored = sum(len(item.modules) for item in plan.items if hasattr(item, "modules"))
+    sources: Mapping[str, int] = {file.name: file.size for file in plan.source.files}
+    return Report(
+        out=str(out),
+        target=plan.options.target,
+        layouts=plan.layouts(),
+        modules=len(plan.modules) if converted else restored,
+        copied_tensors=len(plan.copies),
+        kept=plan.kept,
+        shards=len(plan.shards),
+        resumed_shards=resumed,
+        source_bytes=sum(sources.values()),
+        output_bytes=plan.tensor_bytes,
+        side_files=plan.side_files,
+        notes=plan.notes,
+    )

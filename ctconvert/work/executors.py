@@ -1,0 +1,54 @@
+"""What runs jobs: threads of this process. An executor knows nothing of weights.
+
+To add one: a class with :meth:`Executor.run`. A job can be pickled, and so can a store and a local
+sink; another process needs nothing else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+from ctconvert.work.jobs import Context, Done, Job
+
+
+class Executor(ABC):
+    """Runs jobs somewhere."""
+
+    @abstractmethod
+    def run(self, jobs: Iterable[Job], context: Context) -> Generator[Done, None, None]:
+        """Runs every job once and gives results as they come, in any order.
+
+        ``jobs`` is drawn from in the caller's thread, little ahead of the work. The first error of
+        a job, and whatever the caller raises, stops the others and is raised when they have ended.
+        """
+
+
+class Threads(Executor):
+    """Threads; most of the work is outside Python's lock."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+
+    def run(self, jobs: Iterable[Job], context: Context) -> Generator[Done, None, None]:
+        pool = ThreadPoolExecutor(self.workers)
+        running: set[Future[Done]] = set()
+        try:
+            for job in jobs:
+                running.add(pool.submit(job.run, context))
+                while len(running) > 2 * self.workers:
+                    running = yield from _finished(running)
+            while running:
+                running = yield from _finished(running)
+        finally:
+            context.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(running: set[Future[Done]]) -> Generator[Done, None, set[Future[Done]]]:
+    """Gives what is done and returns the rest; wakes often, so that a signal is noticed."""
+    done, left = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+    for future in done:
+        yield future.result()
+    return left

@@ -1,0 +1,200 @@
+"""Jobs: plain data that can be pickled, and one function each that does the work.
+
+A job needs its own records, a store to read and a sink to write, which :class:`Context` holds;
+whoever runs it need know nothing of weights. These here move and hash bytes; those that transform
+weights are in :mod:`ctconvert.work.transforming`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ctconvert import records
+from ctconvert.errors import VerificationError
+from ctconvert.progress import Progress, Silent
+from ctconvert.store.base import CHUNK, Store
+from ctconvert.store.safetensors import TensorEntry
+from ctconvert.store.writer import Sink
+from ctconvert.work.budget import Budget, CancelledError
+
+
+@dataclass
+class Context:
+    """What jobs share.
+
+    Args:
+        source: what they read.
+        sink: where they write.
+        against: what they compare with.
+        device: where transforms run, as ``--device`` names it.
+        memory: bytes that jobs may hold between them.
+        progress: told of bytes done.
+    """
+
+    source: Store
+    sink: Sink | None = None
+    against: Store | None = None
+    device: str = "cpu"
+    memory: int = 256 << 20
+    progress: Progress = field(default_factory=Silent)
+
+    def __post_init__(self) -> None:
+        self.budget = Budget(self.memory)
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """Makes every job end soon: another one failed, or the run was interrupted."""
+        self._stop.set()
+        self.budget.cancel()
+
+    def check_running(self) -> None:
+        """Raises CancelledError after :meth:`stop`."""
+        if self._stop.is_set():
+            raise CancelledError
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a job: the SHA-256 of what it wrote or read, by full name."""
+
+    job: Job
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
+class Job(ABC):
+    """A piece of work that can be run anywhere, given a :class:`Context`."""
+
+    name: str
+
+    @abstractmethod
+    def run(self, context: Context) -> Done:
+        """Does it.
+
+        Raises:
+            CancelledError: the context was stopped.
+            CtconvertError: it failed.
+        """
+
+
+class TensorWriter:
+    """An output tensor being written, in order."""
+
+    def __init__(self, context: Context, entry: TensorEntry) -> None:
+        assert context.sink is not None
+        self._sink = context.sink
+        self._progress = context.progress
+        self._entry = entry
+        self._done = 0
+        self._digest = hashlib.sha256()
+
+    def put(self, data: memoryview) -> None:
+        """Writes and hashes the next bytes."""
+        if self._done + len(data) > self._entry.nbytes:
+            raise AssertionError(f"{self._entry.name}: too many bytes for {self._entry.spec}")
+        self._sink.write(self._entry.file, self._entry.offset + self._done, data)
+        self._digest.update(data)
+        self._done += len(data)
+        self._progress.advance(len(data))
+
+    def finish(self) -> str:
+        """The hash of the whole tensor."""
+        if self._done != self._entry.nbytes:
+            raise AssertionError(
+                f"{self._entry.name}: {self._done} of {self._entry.nbytes} bytes were written"
+            )
+        return self._digest.hexdigest()
+
+
+def copy_tensors(context: Context, sources: Sequence[TensorEntry], output: TensorEntry) -> str:
+    """Puts input tensors one after the other into an output tensor; returns its hash."""
+    writer = TensorWriter(context, output)
+    with context.budget.hold(min(CHUNK, output.nbytes)):
+        for entry in sources:
+            for part in context.source.pieces(entry.file, entry.offset, entry.nbytes):
+                context.check_running()
+                writer.put(part)
+    return writer.finish()
+
+
+@dataclass(frozen=True)
+class CopyJob(Job):
+    """A tensor that stays as it is."""
+
+    item: records.Copy
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.item.name
+
+    def run(self, context: Context) -> Done:
+        return Done(self, {self.name: copy_tensors(context, [self.item.source], self.item.output)})
+
+
+@dataclass(frozen=True)
+class HashJob(Job):
+    """The hash of a tensor, or of a whole file; checked where ``expected`` is given.
+
+    Read in order beside a conversion, it also reads a source file ahead.
+
+    Args:
+        name: of the tensor or file.
+        file: the file it lies in.
+        offset, length: its bytes.
+        expected: its hash.
+        what: how a message names it.
+        counted: whether the progress counts its bytes.
+    """
+
+    name: str
+    file: str
+    offset: int
+    length: int
+    expected: str | None = None
+    what: str = ""
+    counted: bool = True
+
+    def run(self, context: Context) -> Done:
+        digest = hashlib.sha256()
+        with context.budget.hold(min(CHUNK, self.length)):
+            for part in context.source.pieces(self.file, self.offset, self.length):
+                context.check_running()
+                digest.update(part)
+                if self.counted:
+                    context.progress.advance(len(part))
+        found = digest.hexdigest()
+        if self.expected is not None and found != self.expected:
+            raise VerificationError(f"{self.what}: damaged: its bytes have changed")
+        return Done(self, {self.name: found})
+
+
+@dataclass(frozen=True)
+class CompareBytesJob(Job):
+    """A tensor of an output that must be tensors of a source, one after the other, unchanged."""
+
+    made: TensorEntry
+    originals: tuple[TensorEntry, ...]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.made.name
+
+    def run(self, context: Context) -> Done:
+        assert context.against is not None
+        position = self.made.offset
+        with context.budget.hold(2 * min(CHUNK, self.made.nbytes)):
+            for entry in self.originals:
+                left = context.source.pieces(self.made.file, position, entry.nbytes)
+                right = context.against.pieces(entry.file, entry.offset, entry.nbytes)
+                for have, want in zip(left, right, strict=True):
+                    context.check_running()
+                    if have != want:
+                        raise VerificationError(
+                            f"tensor {self.made.name} differs from the source's"
+                        )
+                    context.progress.advance(len(want))
+                position += entry.nbytes
+        return Done(self)

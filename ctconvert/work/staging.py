@@ -1,0 +1,524 @@
+"""Where an output is built until it is complete: ``OUT.partial``, beside OUT.
+
+The checkpoint is built in ``OUT.partial/checkpoint``; a journal beside it says which shards are
+finished, so that ``--resume`` can take them over. The journal is made first and removed last: a
+directory without it is not ours, and is left alone. At the very end the checkpoint is renamed to
+OUT, or exchanged with what stands there in one step, so that OUT is at every moment what it was or
+the complete new checkpoint. Where the system cannot exchange directories, OUT is moved aside first;
+whatever runs next after a kill between the two renames brings it back (:func:`recover`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from ctconvert.errors import ConversionError, CtconvertError, UsageError
+from ctconvert.records import Manifest
+from ctconvert.store.checkpoint import MANIFEST
+from ctconvert.store.local import LocalStore
+from ctconvert.store.writer import LocalSink, cannot_write, fsync_directory
+
+_CHECKPOINT, _JOURNAL, _OLD = "checkpoint", "journal.jsonl", "old"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+class Identity(Struct, frozen=True):
+    """What a partial output is made of: what was asked for, the plan, and the source's files.
+
+    ``options`` and ``plan`` are hashes, ``sources`` fingerprints by file.
+    """
+
+    options: str
+    plan: str
+    sources: dict[str, str]
+
+
+class Begin(Struct, frozen=True, tag="begin"):
+    """The journal's first line; ``overwrite`` says that OUT may be replaced."""
+
+    identity: Identity
+    overwrite: bool
+
+
+class ShardDone(Struct, frozen=True, tag="shard"):
+    """A finished shard, with the SHA-256 of its tensors."""
+
+    name: str
+    tensors: dict[str, str]
+
+
+class SourceDone(Struct, frozen=True, tag="source"):
+    """A source file's SHA-256."""
+
+    name: str
+    sha256: str
+
+
+class Commit(Struct, frozen=True, tag="commit"):
+    """The output is complete and verified; the hash of its manifest."""
+
+    manifest: str
+
+
+_ENTRY = msgspec.json.Decoder(Begin | ShardDone | SourceDone | Commit)
+
+
+class Staging:
+    """The partial output of one run, locked while it is open.
+
+    Args:
+        out: the directory the checkpoint will be.
+        identity: what it is made of.
+    """
+
+    def __init__(self, out: Path, identity: Identity) -> None:
+        self.out = out
+        self.root = partial_of(out)
+        self.folder = self.root / _CHECKPOINT
+        self.identity = identity
+        #: Finished shards, with the hashes of their tensors, and hashes of source files.
+        self.shards: dict[str, dict[str, str]] = {}
+        self.sources: dict[str, str] = {}
+        #: Why an unfinished output was not taken over.
+        self.note = ""
+        self._journal = self.root / _JOURNAL
+        self._lock: int | None = None
+        self._overwrite = False
+
+    def open(self, *, resume: bool, overwrite: bool) -> LocalSink:
+        """Makes or takes over the partial output.
+
+        Returns:
+            where to write the checkpoint.
+
+        Raises:
+            UsageError: there is an output or a partial one and neither flag says what to do
+                with it, a partial one is of other options, or another run is writing it.
+        """
+        recover(self.out)
+        begun = self._check(resume, overwrite)
+        opened = False
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            if not (resume and begun is not None and self._load(begun)):
+                self._clear()
+                self._append(Begin(self.identity, self._overwrite))
+                fsync_directory(self.root)
+                self.folder.mkdir()
+            opened = True
+        except OSError as error:
+            raise cannot_write(self.root, error) from None
+        finally:
+            if not opened:
+                self.close()
+        return LocalSink(self.folder)
+
+    def _check(self, resume: bool, overwrite: bool) -> Begin | None:
+        """What an unfinished run began with, where it may be continued or cleared away."""
+        begun = read_journal(self._journal)[:1]
+        first = begun[0] if begun and isinstance(begun[0], Begin) else None
+        unfinished = self._journal.exists()
+        if self.root.exists() and not (self.root.is_dir() and (unfinished or _is_empty(self.root))):
+            raise UsageError(
+                f"{self.root} is in the way, and it is no unfinished conversion; move it or choose "
+                "another place"
+            )
+        same = first is not None and first.identity.options == self.identity.options
+        if unfinished and not (resume or overwrite):
+            raise UsageError(
+                f"{self.root} holds an unfinished conversion; use --resume to continue it or "
+                "--overwrite to start again"
+            )
+        if resume and first is not None and not same:
+            raise UsageError(
+                f"{self.root} was made with other options or by another version; use --overwrite "
+                "to start again"
+            )
+        self._overwrite = overwrite or (resume and first is not None and first.overwrite)
+        if in_use(self.out):
+            if not self._overwrite:
+                raise UsageError(
+                    f"{self.out} exists"
+                    + (", and no unfinished conversion was to replace it" if resume else "")
+                    + "; choose another place, or use --overwrite"
+                )
+            check_replaceable(self.out)
+        if self.out.is_mount():
+            raise UsageError(f"{self.out} is a mount point; name a directory inside it")
+        return first
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.root, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{self.root} is being written by another run") from None
+
+    def _load(self, begun: Begin) -> bool:
+        """Takes over what an earlier run has finished; False where that is nothing."""
+        if not self.folder.is_dir():
+            return False
+        if begun.identity != self.identity:
+            self.note = "the source has changed since the unfinished conversion: starting again"
+            return False
+        entries = read_journal(self._journal, mend=True)
+        for entry in entries:
+            if isinstance(entry, ShardDone):
+                self.shards[entry.name] = entry.tensors
+            elif isinstance(entry, SourceDone):
+                self.sources[entry.name] = entry.sha256
+        return True
+
+    def keep_only(self, names: set[str]) -> None:
+        """Removes all but these finished shards: what else lies there may be of any age.
+
+        Raises:
+            ConversionError: the file system refuses.
+        """
+        try:
+            for path in self.folder.iterdir():
+                if path.name not in names:
+                    _remove(path)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from None
+        self.shards = {name: found for name, found in self.shards.items() if name in names}
+
+    def check_space(self, need: int) -> None:
+        """Refuses to begin what the disk cannot hold.
+
+        Args:
+            need: bytes still to be written.
+
+        Raises:
+            ConversionError: the disk has less free.
+        """
+        free = shutil.disk_usage(self.root).free
+        if free < need:
+            if not self.shards:
+                self.discard()
+            raise ConversionError(
+                f"{self.out}: the output needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
+                "free; free some space or choose another place"
+            )
+
+    def _append(self, entry: Struct) -> None:
+        with self._journal.open("ab") as file:
+            file.write(msgspec.json.encode(entry) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _record(self, entry: Struct) -> None:
+        try:
+            self._append(entry)
+        except OSError as error:
+            raise cannot_write(self._journal, error) from None
+
+    def finished_shard(self, name: str, tensors: dict[str, str]) -> None:
+        """Records a finished shard and the hash of each of its tensors."""
+        self._record(ShardDone(name, tensors))
+        self.shards[name] = tensors
+
+    def finished_source(self, name: str, sha256: str) -> None:
+        """Records the hash of a source file."""
+        self._record(SourceDone(name, sha256))
+        self.sources[name] = sha256
+
+    def commit(self, manifest_sha256: str) -> None:
+        """Makes the complete checkpoint appear under OUT and removes the rest.
+
+        Raises:
+            ConversionError: something that may not be replaced stands under OUT now, or the file
+                system refuses; the partial output is kept.
+        """
+        self._record(Commit(manifest_sha256))
+        try:
+            if in_use(self.out):
+                self._replace()
+            else:
+                self._appear()
+            fsync_directory(self.out.parent)
+        except OSError as error:
+            raise cannot_write(self.out, error) from None
+        self.discard()
+
+    def _appear(self) -> None:
+        try:
+            self.folder.rename(self.out)  # replaces nothing but an empty directory
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise self._taken("it was not there when this run began") from None
+            raise
+
+    def _taken(self, reason: str) -> ConversionError:
+        return ConversionError(
+            f"{self.out}: {reason}; it was left alone. Move it, then run again with --resume"
+        )
+
+    def _replace(self) -> None:
+        if not self._overwrite:
+            raise self._taken("it was not there when this run began")
+        try:
+            check_replaceable(self.out)
+        except UsageError as error:
+            raise self._taken(str(error)) from None
+        if not exchange(self.folder, self.out):
+            _remove(self.root / _OLD)
+            self.out.rename(self.root / _OLD)
+            self.folder.rename(self.out)
+            return
+        try:  # what was exchanged, not what was looked at before
+            check_replaceable(self.folder)
+        except UsageError as error:
+            exchange(self.folder, self.out)
+            raise self._taken(str(error)) from None
+
+    def _clear(self) -> None:
+        for name in (_CHECKPOINT, _OLD, _JOURNAL):
+            _remove(self.root / name)
+
+    def discard(self) -> None:
+        """Removes the partial output."""
+        with suppress(OSError):
+            self._clear()
+            self.root.rmdir()
+        self.close()
+
+    def close(self) -> None:
+        """Gives up the lock; what is finished stays for ``--resume``."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def partial_of(out: Path) -> Path:
+    """Where the output of that name is built."""
+    return out.with_name(out.name + ".partial")
+
+
+def read_journal(path: Path, mend: bool = False) -> list[Begin | ShardDone | SourceDone | Commit]:
+    """A journal's entries, up to a line that a kill cut short; ``mend`` removes that one."""
+    try:
+        if not path.is_file():
+            return []
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError:
+        return []
+    found = []
+    size = 0
+    for line in lines:
+        try:
+            entry = _ENTRY.decode(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        found.append(entry)
+        size += len(line)
+    if mend:
+        os.truncate(path, size)
+    return found
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Exchanges two directories in one step; False where the system cannot.
+
+    Raises:
+        OSError: it can, and refuses these.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(b))
+
+
+def recover(out: Path) -> None:
+    """Brings back an output that a kill between two renames has left aside.
+
+    Raises:
+        ConversionError: it is there and cannot be moved.
+    """
+    old = partial_of(out) / _OLD
+    if not os.path.lexists(old) or in_use(out):
+        return
+    with _locked(partial_of(out)) as free:
+        if free and os.path.lexists(old) and not in_use(out):
+            try:
+                old.rename(out)
+                fsync_directory(out.parent)
+            except OSError as error:
+                raise cannot_write(out, error) from None
+
+
+class _locked:  # noqa: N801 (used as a function)
+    """Holds the lock of a partial output; False where another run does."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def __enter__(self) -> bool:
+        self._descriptor = os.open(self._root, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._descriptor)
+
+
+def discard_committed(out: Path) -> None:
+    """Removes what a run that was killed just after its commit has left beside a complete OUT."""
+    root = partial_of(out)
+    if not root.is_dir():
+        return
+    with _locked(root) as free:
+        entries = read_journal(root / _JOURNAL)
+        manifests = {entry.manifest for entry in entries if isinstance(entry, Commit)}
+        if not free or (entries and _manifest_hash(out) not in manifests):
+            return
+        if not entries and not _is_empty(root):
+            return
+        with suppress(OSError):
+            for name in (_CHECKPOINT, _OLD, _JOURNAL):
+                _remove(root / name)
+            root.rmdir()
+
+
+def _manifest_hash(out: Path) -> str | None:
+    try:
+        return Manifest.load(LocalStore(out)).manifest_sha256
+    except CtconvertError:
+        return None
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuses to replace what ctconvert has not made.
+
+    Raises:
+        UsageError: it has no sound manifest, or it holds files that are not in it.
+    """
+    if not out.is_dir() or out.is_symlink():
+        raise UsageError(f"{out} is no directory; only a checkpoint of ctconvert's is replaced")
+    store = LocalStore(out)
+    if MANIFEST not in store.sizes():
+        raise UsageError(
+            f"{out} has no {MANIFEST}, so ctconvert did not make it, and it is not replaced; "
+            "remove it yourself or choose another place"
+        )
+    files = replaceable_files(store)
+    if files is None:
+        raise UsageError(
+            f"{out / MANIFEST} is damaged, so what ctconvert made is not known, and it is not "
+            "replaced; remove it yourself or choose another place"
+        )
+    known = {MANIFEST, *files}
+    for folder, subfolders, names in os.walk(out):
+        at = Path(folder)
+        links = [name for name in subfolders if (at / name).is_symlink()]
+        for name in [*names, *links]:
+            found = (at / name).relative_to(out).as_posix()
+            if found not in known:
+                raise UsageError(
+                    f"{out} holds {found}, which ctconvert did not make and --overwrite would "
+                    "remove; move it or choose another place"
+                )
+
+
+class _AnyManifest(Struct):
+    """What every version of the manifest holds."""
+
+    class _Tool(Struct):
+        name: str
+
+    tool: _Tool
+    files: dict[str, msgspec.Raw] | list[msgspec.Raw]
+
+
+class _Named(Struct):
+    name: str
+
+
+def replaceable_files(store: LocalStore) -> list[str] | None:
+    """The files that a manifest of any version lists; None where it is none of ctconvert's."""
+    try:
+        found = msgspec.json.decode(store.read(MANIFEST), type=_AnyManifest)
+        if found.tool.name != "ctconvert":
+            return None
+        if isinstance(found.files, dict):
+            return list(found.files)
+        return [msgspec.json.decode(item, type=_Named).name for item in found.files]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def in_use(path: Path) -> bool:
+    """Whether something other than an empty directory stands there."""
+    return os.path.lexists(path) and not (_is_empty(path) and not path.is_symlink())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_place(source: Path | None, out: Path) -> Path:
+    """Where an output may be made.
+
+    Args:
+        source: the directory it is made of, where it is one.
+        out: the directory the user named.
+
+    Returns:
+        the directory to make: what a link leads to, since the partial output lies beside it.
+
+    Raises:
+        UsageError: it is the source, inside or around it, or the current directory.
+    """
+    if out.is_symlink() or out.name in ("", ".."):
+        out = out.resolve()
+    if source is not None:
+        check_apart(source, out)
+        check_apart(source, partial_of(out))
+    current = Path.cwd().resolve()
+    if out.resolve() in (current, *current.parents):
+        raise UsageError(
+            f"{out} is the current directory or holds it, and cannot be replaced; name another"
+        )
+    return out
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Refuses an output equal to, inside or around the source.
+
+    Raises:
+        UsageError: it is.
+    """
+    real_source, real_out = source.resolve(), out.resolve()
+    if real_source == real_out:
+        raise UsageError(f"{out}: the output is the source itself; choose another directory")
+    if real_source in real_out.parents:
+        raise UsageError(f"{out}: the output lies inside the source {source}; choose another place")
+    if real_out in real_source.parents:
+        raise UsageError(f"{out}: the source {source} lies inside the output; choose another place")

@@ -1,0 +1,136 @@
+"""The jobs that transform weights: convert, restore, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ctconvert import codec, records
+from ctconvert.device import is_out_of_memory, resolve
+from ctconvert.dtypes import from_bytes, raw_bytes
+from ctconvert.errors import ConversionError
+from ctconvert.plan.memory import comparison_bytes, item_bytes
+from ctconvert.store.base import Store
+from ctconvert.store.safetensors import TensorEntry
+from ctconvert.work.jobs import Context, Done, Job, TensorWriter, copy_tensors
+
+
+def read_tensor(store: Store, entry: TensorEntry) -> torch.Tensor:
+    """One tensor of a store, on the CPU, in memory of its own."""
+    data = torch.empty(entry.nbytes, dtype=torch.uint8)
+    if entry.nbytes:
+        store.read_into(entry.file, entry.offset, data.numpy().data)
+    return from_bytes(data, entry.spec)
+
+
+@contextmanager
+def _out_of_memory(name: str, device: str) -> Iterator[None]:
+    """One line for a host or a device without memory left."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "fewer --workers" if device == "cpu" else "--device cpu"
+        raise ConversionError(f"{name}: out of memory on {device}; use {advice}") from None
+
+
+@dataclass(frozen=True)
+class ConvertJob(Job):
+    """A module: its source tensors through the layout."""
+
+    item: records.Convert
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.item.name
+
+    def run(self, context: Context) -> Done:
+        item, device = self.item, resolve(context.device)
+        read = partial(read_tensor, context.source)
+        cut = len(item.name) + 1
+        writers = {entry.name[cut:]: TensorWriter(context, entry) for entry in item.outputs}
+        with _out_of_memory(item.name, context.device):
+            for unit in range(len(item.units)):
+                context.check_running()
+                with context.budget.hold(item_bytes(item)):
+                    for local, tensor in codec.encode(item, unit, read, device).items():
+                        writers[local].put(raw_bytes(tensor))
+                    del tensor
+        hashes = {f"{item.name}.{local}": writer.finish() for local, writer in writers.items()}
+        for local, output in item.beside.items():
+            originals = [source.beside[local] for source in item.sources]
+            hashes[output.name] = copy_tensors(context, originals, output)
+        return Done(self, hashes)
+
+
+@dataclass(frozen=True)
+class RestoreJob(Job):
+    """Converted modules back to their source tensors."""
+
+    item: records.Restore
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.item.name
+
+    def run(self, context: Context) -> Done:
+        item, device = self.item, resolve(context.device)
+        read = partial(read_tensor, context.source)
+        writers = {entry.name: TensorWriter(context, entry) for entry in item.outputs}
+        hashes: dict[str, str] = {}
+        with _out_of_memory(item.name, context.device):
+            for unit in range(len(item.modules[0].units)):
+                context.check_running()
+                with context.budget.hold(item_bytes(item)):
+                    for source, _, tensors in codec.restore(item, unit, read, device):
+                        for local, tensor in tensors.items():
+                            writers[source.tensors[local].name].put(raw_bytes(tensor))
+                        del tensors, tensor
+        for module in item.modules:
+            self._beside(context, module, hashes)
+            for source in module.sources:
+                for local, data in source.values.items():
+                    name = source.tensors[local].name
+                    if name in writers and name not in hashes:
+                        writers[name].put(memoryview(bytes.fromhex(data)))
+                        hashes[name] = writers.pop(name).finish()
+        hashes |= {name: writer.finish() for name, writer in writers.items() if name not in hashes}
+        return Done(self, hashes)
+
+    def _beside(self, context: Context, module: records.Convert, hashes: dict[str, str]) -> None:
+        """Gives each source its rows of a tensor that stands beside the weight (``bias``)."""
+        places = {entry.name: entry for entry in self.item.outputs}
+        for local, joined in module.beside.items():
+            offset = joined.offset
+            for source in module.sources:
+                output = places[source.beside[local].name]
+                rows = TensorEntry(joined.name, joined.file, offset, output.spec)
+                hashes[output.name] = copy_tensors(context, [rows], output)
+                offset += output.nbytes
+
+
+@dataclass(frozen=True)
+class CompareJob(Job):
+    """A module of an output that must hold what a source's modules hold."""
+
+    item: records.Convert
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.item.name
+
+    def run(self, context: Context) -> Done:
+        assert context.against is not None
+        made, original = (partial(read_tensor, s) for s in (context.source, context.against))
+        with _out_of_memory(self.item.name, context.device):
+            for unit in range(len(self.item.units)):
+                context.check_running()
+                with context.budget.hold(comparison_bytes(self.item)):
+                    count = codec.compare(self.item, unit, made, original, resolve(context.device))
+                context.progress.advance(count)
+        return Done(self)

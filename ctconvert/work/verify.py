@@ -1,0 +1,158 @@
+"""Proves an output: its bytes against its manifest, its codes and scales against the source."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from ctconvert.errors import VerificationError
+from ctconvert.output import Output
+from ctconvert.plan.describe import describe
+from ctconvert.plan.make import joined_rows
+from ctconvert.plan.memory import budget
+from ctconvert.progress import Progress
+from ctconvert.records import Compared, Convert, SourceModule, Verified
+from ctconvert.store.checkpoint import Checkpoint
+from ctconvert.store.safetensors import TensorEntry, total_bytes
+from ctconvert.work.executors import Executor
+from ctconvert.work.jobs import CompareBytesJob, Context, HashJob, Job
+
+
+def verify_output(output: Output, executor: Executor, progress: Progress) -> Verified:
+    """Checks every byte of an output against its manifest, in one pass.
+
+    Raises:
+        VerificationError: something differs; the message names the tensor or the file.
+    """
+    store, manifest = output.store, output.manifest
+    entries = sorted(output.plan.entries.values(), key=lambda entry: (entry.file, entry.offset))
+    progress.phase("verifying", total_bytes(entries))
+    jobs: list[Job] = [
+        HashJob(
+            record.name,
+            record.name,
+            0,
+            record.size,
+            record.sha256,
+            store.path(record.name),
+            counted=False,
+        )
+        for record in output.whole_files()
+    ]
+    jobs += [
+        HashJob(
+            entry.name,
+            entry.file,
+            entry.offset,
+            entry.nbytes,
+            manifest.tensors[entry.name],
+            f"tensor {entry.name} in {store.path(entry.file)}",
+        )
+        for entry in entries
+    ]
+    for _ in executor.run(jobs, Context(store, progress=progress)):
+        pass
+    store.close()
+    return Verified(
+        checkpoint=store.where,
+        tensors=len(entries),
+        modules=len(output.plan.modules),
+        files=len(manifest.files) + 1,
+        bytes=sum(record.size for record in manifest.files),
+    )
+
+
+def verify_against(
+    output: Output, checkpoint: Checkpoint, executor: Executor, progress: Progress
+) -> Compared:
+    """Inverts every layout of an output and compares it with the source, bit for bit.
+
+    Args:
+        output: a converted checkpoint.
+        checkpoint: what it was made from.
+        executor: what runs the comparisons.
+        progress: told of source bytes done.
+
+    Raises:
+        VerificationError: a code, scale, zero point or copied tensor differs, is missing, or is
+            too many; the message names the module or the tensor.
+    """
+    jobs = _comparisons(output, checkpoint)
+    total = total_bytes(checkpoint.tensors.values())
+    progress.phase("comparing", total)
+    context = Context(
+        output.store,
+        against=checkpoint.store,
+        memory=budget(output.plan, compare=True),
+        progress=progress,
+    )
+    for _ in executor.run(jobs, context):
+        pass
+    output.store.close()
+    checkpoint.store.close()
+    return Compared(
+        checkpoint=output.where,
+        source=checkpoint.store.where,
+        modules=len(output.plan.modules),
+        copied_tensors=len(output.plan.copies),
+        source_bytes=total,
+    )
+
+
+def _comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
+    """What must be compared.
+
+    Everything of the source must have its place in the output, and nothing else may be there.
+    """
+    from ctconvert.work.transforming import CompareJob
+
+    where = checkpoint.store.where
+    modules = describe(checkpoint).modules
+    covered: set[str] = set()
+    jobs: list[Job] = []
+    for item in output.plan.modules:
+        sources = []
+        for recorded in item.sources:
+            module = modules.get(recorded.name)
+            if module is None or module.source is None:
+                raise VerificationError(
+                    f"module {item.name}: its part {recorded.name} is no quantised module of "
+                    f"{where}"
+                )
+            _check_same(item, recorded, module.source, where)
+            sources.append(module.source)
+            covered |= {entry.name for entry in module.source.tensors.values()}
+            covered |= {entry.name for entry in module.source.beside.values()}
+        found = replace(item, sources=tuple(sources))
+        jobs.append(CompareJob(found))
+        for local, joined in item.beside.items():
+            jobs.append(_bytes(joined, [source.beside[local] for source in sources]))
+    for copy in output.plan.copies:
+        entry = checkpoint.tensors.get(copy.name)
+        if entry is None:
+            raise VerificationError(f"tensor {copy.name}: not in {where}")
+        covered.add(copy.name)
+        jobs.append(_bytes(copy.output, [entry]))
+    if missing := checkpoint.tensors.keys() - covered:
+        raise VerificationError(f"tensor {min(missing)} of {where} has no place in the output")
+    return jobs
+
+
+def _check_same(item: Convert, recorded: SourceModule, found: SourceModule, where: str) -> None:
+    """The same codes can mean other weights; raises VerificationError where they would."""
+    for field in recorded.weight.__struct_fields__:
+        have, want = getattr(recorded.weight, field), getattr(found.weight, field)
+        if have != want:
+            raise VerificationError(
+                f"module {item.name}: {field} of {recorded.name} is {have} in the output and "
+                f"{want} in {where}"
+            )
+    if recorded.experts != found.experts or recorded.beside.keys() != found.beside.keys():
+        raise VerificationError(
+            f"module {item.name}: {recorded.name} of {where} holds other tensors or experts"
+        )
+
+
+def _bytes(made: TensorEntry, originals: list[TensorEntry]) -> CompareBytesJob:
+    if made.spec != joined_rows(originals):
+        raise VerificationError(f"tensor {made.name}: {made.spec} is not the source's")
+    return CompareBytesJob(made, tuple(originals))
