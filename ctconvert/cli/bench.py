@@ -29,7 +29,8 @@ def bench(
 ) -> None:
     """Time a checkpoint's kernels beside measured limits.
 
-    A dense bf16 matmul, or look-up, of the same shape is timed beside each. The floor is bytes at a copy's rate or flops at a matmul's, whichever is slower.
+    A dense bf16 matmul, or look-up, of the same shape is timed beside each. The floor is bytes at
+    a copy's rate or flops at a matmul's, whichever is slower.
     """
     with failures(device):
         rows = parse_counts(m)

@@ -100,6 +100,7 @@ def _started_bar() -> Progress:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True, highlight=False),
+        redirect_stdout=False,  # what goes there is for another reader
     )
     bar.start()
     bar.console.show_cursor(True)  # a run may be killed, and the terminal outlives it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,11 +51,10 @@ def verify(
                 workers=workers,
                 progress=progress,
             )
-        sink.show(found, _print, ok=True)
+        sink.show(found, lambda sink, found: _print(sink, found, out, against), ok=True)
 
 
-def _print(sink: Sink, found: Verified) -> None:
-    out = found.checkpoint
+def _print(sink: Sink, found: Verified, out: Path, source: str | None) -> None:
     sink.line(
         f"{out}: ok, {found.tensors} tensors and {found.files} files, {size(found.bytes)}, "
         "match the manifest"
@@ -63,7 +63,7 @@ def _print(sink: Sink, found: Verified) -> None:
         compared = found.against
         sink.line(
             f"{out}: ok, {compared.modules} modules hold the codes and scales of "
-            f"{compared.source} bit for bit, and {compared.copied_tensors} tensors are its own"
+            f"{source} bit for bit, and {compared.copied_tensors} tensors are its own"
         )
     if found.kernels == {}:
         sink.line(f"{out}: holds no converted module, so there is no kernel to run")

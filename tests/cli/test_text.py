@@ -28,8 +28,10 @@ def test_sizes(text: str, count: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "GB", "5iB", "-1GB", "0", "5 apples", "0.9", "\u0665GB", "9" * 400, "9" * 5000, "9EB"]
-    + ["8388608TiB", str(2**63), "1." + "0" * 5000, "5GB" * 1000],
+    [
+        *("", "GB", "5iB", "-1GB", "0", "5 apples", "0.9", "\u0665GB", "9EB", "5GB" * 1000),
+        *("9" * 400, "9" * 5000, "8388608TiB", str(2**63), "1." + "0" * 5000),
+    ],
 )
 def test_no_sizes(text: str) -> None:
     with pytest.raises(UsageError, match=r"size|shard") as caught:
@@ -66,7 +68,9 @@ def test_rows_fold_over_layer_numbers() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["a.00.q", "a.\u0663.q", f"a.{'9' * 5000}.q", "a\0b.c", "a.\0.1.c"])
+@pytest.mark.parametrize(
+    "name", ["a.00.q", "a.\u0663.q", f"a.{'9' * 5000}.q", "a\0b.c", "a.\0.1.c"]
+)
 def test_odd_numbers_in_names_do_not_fold(name: str) -> None:
     """Nothing is changed in a name but what does not print; one name stays one name."""
     assert collapse([(name, ())]) == [(printable(name), "1")]
