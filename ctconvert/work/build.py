@@ -35,7 +35,14 @@ from ctconvert.store.local import LocalStore
 from ctconvert.store.writer import LocalSink
 from ctconvert.work.executors import Executor
 from ctconvert.work.jobs import Context, CopyJob, HashJob, Job
-from ctconvert.work.staging import Identity, Staging, check_place, discard_committed, recover
+from ctconvert.work.staging import (
+    Identity,
+    Staging,
+    check_place,
+    discard_committed,
+    recover,
+    unfinished,
+)
 from ctconvert.work.verify import verify_output
 
 
@@ -101,6 +108,8 @@ def _complete(plan: Plan, store: Store, out: Path, settings: Settings) -> Report
         manifest = Manifest.load(local)
     except CtconvertError:
         return None  # not this program's: the staging says what may be done with it
+    if unfinished(out, manifest.manifest_sha256):
+        return None  # a run that was to replace it goes on
     if to_json(manifest.plan.options) != to_json(plan.options) or manifest.plan.kind != plan.kind:
         return None
     changed = UsageError(

@@ -382,6 +382,12 @@ class _locked:  # noqa: N801 (used as a function)
         os.close(self._descriptor)
 
 
+def unfinished(out: Path, manifest_sha256: str) -> bool:
+    """Whether a run has begun to make OUT, and what stands there is not what it committed."""
+    entries = read_journal(partial_of(out) / _JOURNAL)
+    return bool(entries) and Commit(manifest_sha256) not in entries
+
+
 def discard_committed(out: Path) -> None:
     """Removes what a run that was killed just after its commit has left beside a complete OUT."""
     root = partial_of(out)
