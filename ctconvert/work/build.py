@@ -12,9 +12,9 @@ from pathlib import Path
 from ctconvert import __version__
 from ctconvert.errors import BadInputError, ConversionError, CtconvertError, UsageError
 from ctconvert.output import Output
-from ctconvert.plan.make import refuse
-from ctconvert.plan.memory import budget
-from ctconvert.plan.place import disk_bytes, index_of
+from ctconvert.planning.make import refuse
+from ctconvert.planning.memory import budget
+from ctconvert.planning.place import disk_bytes, index_of
 from ctconvert.progress import Progress
 from ctconvert.records import (
     FORMAT_VERSION,

@@ -6,9 +6,9 @@ from msgspec.structs import replace
 
 from ctconvert.errors import VerificationError
 from ctconvert.output import Output
-from ctconvert.plan.describe import describe
-from ctconvert.plan.make import joined_rows
-from ctconvert.plan.memory import budget
+from ctconvert.planning.describe import describe
+from ctconvert.planning.make import joined_rows
+from ctconvert.planning.memory import budget
 from ctconvert.progress import Progress
 from ctconvert.records import Compared, Convert, SourceModule, Verified
 from ctconvert.store.checkpoint import Checkpoint

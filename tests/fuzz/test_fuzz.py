@@ -26,8 +26,8 @@ import ctconvert
 from ctconvert.errors import CtconvertError
 from ctconvert.inspection import inspection
 from ctconvert.output import Output
-from ctconvert.plan.describe import describe
-from ctconvert.plan.make import make_plan, refuse, restore_plan
+from ctconvert.planning.describe import describe
+from ctconvert.planning.make import make_plan, refuse, restore_plan
 from ctconvert.progress import Silent
 from ctconvert.records import Options, to_json
 from ctconvert.store.checkpoint import CONFIG, INDEX, MANIFEST, Checkpoint
