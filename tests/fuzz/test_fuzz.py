@@ -314,10 +314,9 @@ def test_names_of_side_files(names: list[bytes], tmp_path_factory: Any) -> None:
     for name, content in SOURCES["smol-w4a16-g32-asym"].items():
         (folder / name).write_bytes(content)
     for name in names:
-        path = os.path.join(os.fsencode(folder), name.replace(b"/", b"_").replace(b"\0", b"_"))
+        path = folder / os.fsdecode(name.replace(b"/", b"_").replace(b"\0", b"_"))
         if name.strip(b".") and not os.path.lexists(path):
-            with open(path, "wb") as file:
-                file.write(b"side")
+            path.write_bytes(b"side")
     out = folder.with_name("out")
     with only_our_errors():
         ctconvert.repack(folder, out, target="triton", device="cpu", workers=1)
