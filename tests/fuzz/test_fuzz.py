@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.stores import Inline, MemoryStore
+from support.executors import Inline
+from support.stores import MemoryStore
 
 import ctconvert
 from ctconvert.errors import CtconvertError
