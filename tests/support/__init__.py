@@ -1,0 +1,1 @@
+"""What tests share: builders of checkpoints, plain references, the command line, paths."""
