@@ -214,3 +214,23 @@ def sparse24(
     state["bitmask"] = (padded << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
     state["shape"] = torch.tensor([[n], [k]])
     return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def module(name: str, made: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A module's tensors by full name."""
+    return {f"{name}.{local}": tensor for local, tensor in made.items()}
+
+
+def experts(
+    name: str, n: int, k: int, group: Mapping[str, Any], count: int = 3
+) -> dict[str, torch.Tensor]:
+    """The 3-D tensors of ``count`` experts, by full name."""
+    each = [quantised(n, k, group, seed) for seed in range(count)]
+    found = {
+        local: torch.stack([made[local] for made in each])
+        for local in each[0]
+        if local != "weight_shape"
+    }
+    if "weight_shape" in each[0]:
+        found["weight_shape"] = torch.tensor([count, n, k])
+    return module(name, found)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
+from ctconvert import codec
 from ctconvert.plan.describe import Description, describe
 from ctconvert.plan.make import make_plan
 from ctconvert.records import Options, Plan
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import Checkpoint
+from ctconvert.store.safetensors import TensorEntry
+
+CPU = torch.device("cpu")
 
 
 class MemoryStore(Store):
@@ -65,3 +69,34 @@ def planned(
 ) -> Plan:
     """The plan of converting a checkpoint of these tensors."""
     return make_plan(described(tensors, quantization_config), Options(target=target, **options))
+
+
+def converted(
+    tensors: Mapping[str, torch.Tensor],
+    quantization_config: Mapping[str, Any] | None,
+    target: str,
+    **options: Any,
+) -> tuple[Plan, dict[str, torch.Tensor]]:
+    """A plan, and the tensors that its layouts make, by full name; stacks are stacked."""
+    plan = planned(tensors, quantization_config, target, **options)
+
+    def part(entry: TensorEntry) -> torch.Tensor:
+        whole = tensors[entry.name]
+        if entry.spec.shape == tuple(whole.shape):
+            return whole
+        first = next(item for item in _entries(plan) if item.name == entry.name)
+        return whole[(entry.offset - first.offset) // entry.nbytes]
+
+    made: dict[str, torch.Tensor] = {}
+    for item in plan.modules:
+        units = [codec.encode(item, unit, part, CPU) for unit in range(len(item.units))]
+        for local in units[0]:
+            each = [unit[local] for unit in units]
+            made[f"{item.name}.{local}"] = each[0] if item.experts is None else torch.stack(each)
+    return plan, made
+
+
+def _entries(plan: Plan) -> Iterator[TensorEntry]:
+    for item in plan.modules:
+        for source in item.sources:
+            yield from source.tensors.values()

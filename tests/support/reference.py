@@ -22,6 +22,15 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit, dtype and shape included."""
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    )
+
+
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
@@ -74,3 +83,21 @@ def triton_wna16(
     if zero is not None:
         made["qzeros"] = pack_last(zero.T, bits)
     return made
+
+
+def check_against_reference(source: Path, out: Path, bits: dict[str, int]) -> None:
+    """Every module equals the reference; every other tensor is the source's own."""
+    before, after = load_tensors(source), load_tensors(out)
+    expected = {}
+    for name, tensor in before.items():
+        module, _, local = name.rpartition(".")
+        if module not in bits or local == "bias":
+            expected[name] = tensor
+        elif local in ("input_scale", "output_scale"):
+            expected[name] = tensor.float()
+    for module, width in bits.items():
+        made = triton_wna16(before, module, width)
+        expected |= {f"{module}.{local}": tensor for local, tensor in made.items()}
+    assert after.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert equal(after[name], tensor), name

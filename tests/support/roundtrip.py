@@ -6,19 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.reference import load_tensors
+from support.reference import equal, load_tensors
 
 import ctconvert
 from ctconvert.records import Report
-
-
-def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bit for bit, dtype and shape included."""
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-    )
 
 
 def dense24(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
