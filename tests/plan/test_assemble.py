@@ -133,9 +133,7 @@ def test_a_part_that_is_not_quantised_is_told() -> None:
     plan = fused(tensors, ignore=["m.self_attn.k_proj"])
     assert names(plan) == {"m.self_attn.q_proj", "m.self_attn.v_proj"}
     assert [copy.name for copy in plan.copies] == ["m.self_attn.k_proj.weight"]
-    assert plan.notes == (
-        "m.self_attn.qkv_proj is not fused: m.self_attn.k_proj is not quantised",
-    )
+    assert plan.notes == ("m.self_attn.qkv_proj is not fused: m.self_attn.k_proj is not quantised",)
 
 
 def test_parts_of_different_schemes_stay_apart() -> None:
@@ -144,9 +142,7 @@ def test_parts_of_different_schemes_stay_apart() -> None:
     tensors |= parts("m.self_attn", "v_proj", group=other)
     plan = planned(tensors, config_of(other, W4), "triton", fuse=True)
     assert len(plan.modules) == 3
-    assert plan.notes == (
-        "m.self_attn.qkv_proj is not fused: its parts differ in bits (4, 4, 8)",
-    )
+    assert plan.notes == ("m.self_attn.qkv_proj is not fused: its parts differ in bits (4, 4, 8)",)
 
 
 def test_parts_with_different_static_scales_stay_apart() -> None:

@@ -247,9 +247,7 @@ def test_tied_embeddings_are_noted() -> None:
 
 def test_a_config_inside_text_config() -> None:
     text = {"hidden_size": 96, "quantization_config": config_of(W4)}
-    description = described(
-        module("m.down_proj", quantised(64, 96, W4, 1)), None, text_config=text
-    )
+    description = described(module("m.down_proj", quantised(64, 96, W4, 1)), None, text_config=text)
     config = json.loads(make_plan(description, Options(target="triton")).config)
     ours = config["text_config"]["quantization_config"]
     assert ours["quant_method"] == "ctconvert"

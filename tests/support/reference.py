@@ -101,3 +101,57 @@ def check_against_reference(source: Path, out: Path, bits: dict[str, int]) -> No
     assert after.keys() == expected.keys()
     for name, tensor in expected.items():
         assert equal(after[name], tensor), name
+
+
+def marlin_tile(bits: int) -> list[int]:
+    """Which of a 16 x 64 tile's codes, row after row, stands at each place of Marlin's order."""
+    order = []
+    for thread in range(32):
+        first = [
+            16 * row + thread // 4 + 8 * block
+            for block in (0, 1)
+            for row in (2 * (thread % 4) + step for step in (0, 1, 8, 9))
+        ]
+        order += [place + 256 * column for column in range(4) for place in first]
+    lanes = [0, 2, 4, 6, 1, 3, 5, 7] if bits == 4 else [0, 2, 1, 3]
+    return [order[start + lane] for start in range(0, len(order), len(lanes)) for lane in lanes]
+
+
+def marlin_qweight(codes: np.ndarray, bits: int) -> torch.Tensor:
+    """``qweight`` of [N, K] unsigned codes whose N and K are whole tiles."""
+    n, k = codes.shape
+    blocks = codes.T.reshape(k // 16, 16, n // 16, 16).transpose(0, 2, 1, 3)
+    tiles = blocks.reshape(k // 16, n // 64, 1024)[:, :, marlin_tile(bits)]
+    return pack_last(tiles.reshape(k // 16, n * 16), bits)
+
+
+def marlin_scales(scale: torch.Tensor) -> torch.Tensor:
+    """``scales`` of [N, groups]."""
+    rows = scale.t()
+    if rows.shape[0] == 1:
+        order = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
+    else:
+        order = [i + 8 * j for i in range(8) for j in range(8)]
+    return rows.reshape(-1, len(order))[:, order].reshape(rows.shape)
+
+
+def marlin_qzeros(zero: np.ndarray, bits: int) -> torch.Tensor:
+    """``qzeros`` of [N, groups] unsigned zero points."""
+    rows = zero.T
+    order = [i + 8 * j for i in range(8) for j in range(8)]
+    lanes = [0, 2, 4, 6, 1, 3, 5, 7] if bits == 4 else [0, 2, 1, 3]
+    moved = rows.reshape(-1, 64)[:, order].reshape(-1, len(lanes))[:, lanes]
+    return pack_last(moved.reshape(rows.shape), bits)
+
+
+def mxfp4_scales(scale: torch.Tensor) -> torch.Tensor:
+    """``weight_scale`` of [N, K/32] E8M0 bytes."""
+    rows = marlin_scales(scale)
+    return rows.reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(rows.shape)
+
+
+def framed(values: np.ndarray | torch.Tensor, n: int, k: int) -> np.ndarray:
+    """A matrix with zeros below and to the right."""
+    found = np.zeros((n, k), dtype=np.asarray(values).dtype)
+    found[: values.shape[0], : values.shape[1]] = values
+    return found
