@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.reference import equal, load_tensors
 
 import ctconvert
 from ctconvert.records import Report
+from support.reference import equal, load_tensors
 
 
 def dense24(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
@@ -27,7 +27,7 @@ def dense24(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
 
 
 def check_restored(source: Path, restored: Path) -> None:
-    """Every tensor equals the source's, 2:4 sparse modules as dense weights; so does config.json."""
+    """Every tensor is the source's, 2:4 sparse modules as dense weights; config.json to the byte."""
     before, after = load_tensors(source), load_tensors(restored)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
