@@ -7,8 +7,6 @@ neither torch nor triton nor transformers.
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ctconvert.version import __version__
@@ -20,25 +18,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("inspect", "repack", "restore", "verify"):
+    if name in ("inspect", "plan", "repack", "restore", "verify"):
         from ctconvert import api
 
         return getattr(api, name)
     raise AttributeError(f"module 'ctconvert' has no attribute {name!r}")
-
-
-class _Package(ModuleType):
-    """``plan`` is the verb, though the import system would put the package of that name here."""
-
-    @property
-    def plan(self) -> Any:
-        from ctconvert.api import plan
-
-        return plan
-
-    @plan.setter
-    def plan(self, package: ModuleType) -> None:
-        pass
-
-
-sys.modules[__name__].__class__ = _Package

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +14,9 @@ from msgspec.structs import replace
 from ctconvert.errors import UsageError
 from ctconvert.inspection import Inspection, inspection
 from ctconvert.output import Output
-from ctconvert.plan.choose import check_options
-from ctconvert.plan.describe import describe
-from ctconvert.plan.make import make_plan, restore_plan
+from ctconvert.planning.choose import check_options
+from ctconvert.planning.describe import describe
+from ctconvert.planning.make import make_plan, restore_plan
 from ctconvert.progress import Progress, Silent
 from ctconvert.records import Options, Plan, Report, Verified
 from ctconvert.store.checkpoint import Checkpoint
@@ -64,8 +66,9 @@ def inspect(model: str | Path, *, target: str | None = None) -> Inspection:
     options = None if target is None else Options(target=target, keep_unsupported=True)
     if options is not None:
         check_options(options)
-    description = describe(Checkpoint(open_store(str(model), download=False)))
-    return inspection(description, None if options is None else make_plan(description, options))
+    with _no_collection():
+        description = describe(Checkpoint(open_store(str(model), download=False)))
+        return inspection(description, None if options is None else make_plan(description, options))
 
 
 def plan(
@@ -98,7 +101,8 @@ def plan(
     """
     options = _options(target, fuse, keep_unsupported, layout, max_shard_size)
     check_options(options)
-    return make_plan(describe(Checkpoint(open_store(str(model), download=download))), options)
+    with _no_collection():
+        return make_plan(describe(Checkpoint(open_store(str(model), download=download))), options)
 
 
 def default_out(model: str | Path, target: str) -> Path:
@@ -160,7 +164,21 @@ def repack(
     check_options(options)
     destination = default_out(model, target) if out is None else home_path(out)
     store = open_store(str(model), download=True)
-    return build(make_plan(describe(Checkpoint(store)), options), store, destination, settings)
+    with _no_collection():
+        planned = make_plan(describe(Checkpoint(store)), options)
+    return build(planned, store, destination, settings)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Plans without the garbage collector: hundreds of thousands of records, no cycle in them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _device(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from ctconvert.plan.describe import Description, Module, as_text
+from ctconvert.planning.describe import Description, Module, as_text
 from ctconvert.records import Plan, SourceFile
 from ctconvert.store.safetensors import TensorEntry, total_bytes
 

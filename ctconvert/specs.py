@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -80,13 +81,13 @@ Size = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 
 
-class TensorSpec(Struct, frozen=True):
+class TensorSpec(Struct, frozen=True, dict=True):
     """Dtype (safetensors name, for instance ``BF16``) and shape of a tensor."""
 
     dtype: Dtype
     shape: tuple[Size, ...]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 

@@ -39,4 +39,7 @@ __all__ = ["LAYOUTS", "TARGETS", "Layout", "get"]
 
 def get(name: str) -> Layout | None:
     """The layout of that name, or None."""
-    return next((layout for layout in LAYOUTS if layout.name == name), None)
+    for layout in LAYOUTS:
+        if layout.name == name:
+            return layout
+    return None

@@ -25,6 +25,17 @@ from ctconvert.runtime.modules import FusedPart, KernelEmbedding, KernelLinear, 
 #: hold of rotary embeddings, which transformers computes.
 _UNUSED = ("k_scale", "v_scale", "q_scale", "inv_freq")
 
+#: What an ``attn_implementation`` or ``experts_implementation`` of a config may name.
+_IMPLEMENTATIONS = (
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+    "batched_mm",
+    "grouped_mm",
+)
+
 Modules = dict[str, KernelLinear | KernelEmbedding]
 
 
@@ -155,6 +166,47 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+@contextmanager
+def _transformers_errors(where: str) -> Iterator[None]:
+    """One line for what transformers makes of a config or a tokenizer that it cannot use."""
+    try:
+        yield
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        OSError,
+        NotImplementedError,
+    ) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(f"{where}: transformers cannot load it: {first}") from None
+
+
+def _check_implementations(value: Any, where: str) -> None:
+    """Refuses implementations that transformers would fetch from the Hub and run.
+
+    Raises:
+        UsageError: a config names one that is not transformers' own.
+    """
+    if isinstance(value, list):
+        for item in value:
+            _check_implementations(item, where)
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        if key.endswith("_implementation"):
+            names = item.values() if isinstance(item, dict) else [item]
+            for name in names:
+                if name is not None and name not in _IMPLEMENTATIONS:
+                    raise UsageError(
+                        f"{where}: config.json: {key} {name!r} is not one of transformers' own "
+                        f"({', '.join(_IMPLEMENTATIONS)}), and code from elsewhere is not run"
+                    )
+        _check_implementations(item, where)
+
+
 def load_model(
     out: str | Path, device: str = "auto", dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, Any]:
@@ -189,15 +241,18 @@ def _model(loader: Loader, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
         raise UsageError(
             f"{loader.folder / 'config.json'}: no model_type, so no transformers model"
         )
-    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    where = str(loader.folder)
+    _check_implementations(raw, where)
+    with _transformers_errors(where):
+        config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     wanted = dtype or getattr(config, "dtype", None) or torch.bfloat16
     if wanted not in (torch.float16, torch.bfloat16):
         raise UsageError(
             f"the kernels take float16 and bfloat16 activations, not {wanted}: pass "
             "dtype=torch.bfloat16"
         )
-    with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    with _parameters_on_meta(), _transformers_errors(where):
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
     modules = _all_modules(loader)
     for name, module in modules.items():
         spec = module.binding.spec
@@ -219,12 +274,18 @@ def _model(loader: Loader, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
     model.eval().to(loader.device)
     tokenizer = None
     if (loader.folder / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(loader.folder)
+        with _transformers_errors(where):
+            tokenizer = AutoTokenizer.from_pretrained(
+                loader.folder, trust_remote_code=False, local_files_only=True
+            )
     generation = loader.folder / "generation_config.json"
     if generation.exists():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(loader.folder)
+        with _transformers_errors(where):
+            model.generation_config = GenerationConfig.from_pretrained(
+                loader.folder, local_files_only=True
+            )
     return model, tokenizer
 
 

@@ -168,8 +168,7 @@ def _weight_map(store: Store) -> dict[str, str]:
     if not weight_map:
         raise BadInputError(f"{where}: no weight_map")
     sizes = store.sizes()
-    for file in dict.fromkeys(weight_map.values()):
-        name = next(name for name, listed in weight_map.items() if listed == file)
+    for file, name in {file: name for name, file in reversed(weight_map.items())}.items():
         if not file.endswith(".safetensors"):
             raise BadInputError(f"{where}: tensor {name}: {file!r} is no safetensors file")
         if file.startswith("/") or "\\" in file or ".." in file.split("/"):

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch
 from builders import STATIC_INT8, config_of, group_config, quantised, weight_args, write_checkpoint
+from ctconvert.checkpoint.header import MAX_HEADER
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from ctconvert.checkpoint.header import MAX_HEADER
 from ctconvert.cli import app
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from support.builders import STATIC_INT8, config_of, write_checkpoint
 from support.damage import DOWN, GROUP, Damage, change_config, convert, fails, refused, small
-from support.memory import MemoryStore, store_of
+from support.memory import store_of
+from support.stores import MemoryStore
 
 import ctconvert
 from ctconvert.errors import CtconvertError
 from ctconvert.inspection import inspection
-from ctconvert.plan.describe import describe
-from ctconvert.plan.make import make_plan
+from ctconvert.planning.describe import describe
+from ctconvert.planning.make import make_plan
 from ctconvert.records import Options, to_json
 from ctconvert.store.checkpoint import Checkpoint
 

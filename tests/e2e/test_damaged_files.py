@@ -25,9 +25,9 @@ from support.damage import (
     read_raw,
     refused,
     small,
-    tree,
     write_raw,
 )
+from support.models import tree
 
 import ctconvert
 from ctconvert.store.safetensors import MAX_HEADER

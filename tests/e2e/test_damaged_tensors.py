@@ -22,8 +22,8 @@ from support.damage import (
     refused,
     small,
     tensors_of,
-    tree,
 )
+from support.models import tree
 
 import ctconvert
 from ctconvert.errors import UnsupportedError

@@ -1,4 +1,4 @@
-"""Checkpoints with something unusual in their data: converted exactly, or refused with the reason."""
+"""Checkpoints with unusual data: converted exactly, or refused with the reason."""
 
 from __future__ import annotations
 

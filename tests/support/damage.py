@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import ctconvert
 from ctconvert.errors import BadInputError, CtconvertError
 from support.builders import group_config, module, quantised, weight_args
+from support.models import tree
 
 Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.0.mlp.up_proj"
@@ -42,15 +42,6 @@ def small() -> Tensors:
     """Three int4 modules of different shapes, a bias and a plain tensor."""
     made = tensors_of(GROUP, (Q, 48, 64), (UP, 96, 64), (DOWN, 64, 96))
     return made | {f"{Q}.bias": torch.arange(48, dtype=torch.bfloat16)}
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file below a directory with the hash of its bytes, links not followed."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def fails(

@@ -1,4 +1,4 @@
-"""Checkpoints in memory: a store without a directory, and plans made of it."""
+"""Checkpoints in memory, described, planned and converted without a directory."""
 
 from __future__ import annotations
 
@@ -10,33 +10,14 @@ import torch
 from safetensors.torch import save
 
 from ctconvert import codec
-from ctconvert.plan.describe import Description, describe
-from ctconvert.plan.make import make_plan
+from ctconvert.planning.describe import Description, describe
+from ctconvert.planning.make import make_plan
 from ctconvert.records import Options, Plan
-from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.safetensors import TensorEntry
+from support.stores import MemoryStore
 
 CPU = torch.device("cpu")
-
-
-class MemoryStore(Store):
-    """Files by name; ``reads`` counts the bytes that were asked for, by file."""
-
-    def __init__(self, files: Mapping[str, bytes]) -> None:
-        self.where = self.id = "memory"
-        self.files = dict(files)
-        self.reads: dict[str, int] = {}
-
-    def sizes(self) -> Mapping[str, int]:
-        return {name: len(data) for name, data in self.files.items()}
-
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        self.reads[name] = self.reads.get(name, 0) + len(buffer)
-        buffer[:] = self.files[name][offset : offset + len(buffer)]
-
-    def fingerprint(self, name: str) -> str:
-        return str(len(self.files[name]))
 
 
 def store_of(

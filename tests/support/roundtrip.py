@@ -27,7 +27,7 @@ def dense24(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
 
 
 def check_restored(source: Path, restored: Path) -> None:
-    """Every tensor is the source's, 2:4 sparse modules as dense weights; config.json to the byte."""
+    """Every tensor is the source's, 2:4 sparse modules as dense; config.json to the byte."""
     before, after = load_tensors(source), load_tensors(restored)
     assert before.keys() == after.keys()
     for name, tensor in before.items():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from dataclasses import dataclass
 
 from ctconvert import layouts
+from ctconvert.assembly import Assembly
 from ctconvert.errors import UsageError
 from ctconvert.layouts import Layout
-from ctconvert.plan.assemble import Candidate, padded
+from ctconvert.planning.assemble import Candidate, padded
 from ctconvert.records import Options, Recipe
-from ctconvert.specs import WeightSpec
+from ctconvert.specs import TensorSpec, WeightSpec
 
 
 def matches(pattern: str, module: str) -> bool:
@@ -43,12 +45,21 @@ def check_options(options: Options) -> None:
         raise UsageError("--max-shard-size must be positive")
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How a module is made, and the tensors its layout makes, by local name."""
+
+    recipe: Recipe
+    outputs: dict[str, TensorSpec]
+
+
 class Chooser:
     """Chooses layouts for one set of options, the verdict on each kind of weight kept."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self._verdicts: dict[tuple[tuple[str, ...], WeightSpec], Layout | str] = {}
+        self._recipes: dict[tuple[str, WeightSpec, Assembly], Choice] = {}
 
     def _preference(self, module: str) -> tuple[str, ...]:
         """The layouts to try for a module, in order: an override alone, or the target's."""
@@ -58,7 +69,7 @@ class Chooser:
         assert self.options.target is not None
         return layouts.TARGETS[self.options.target]
 
-    def recipe(self, candidate: Candidate) -> Recipe | str:
+    def choice(self, candidate: Candidate) -> Choice | str:
         """How a module is made, or the reasons why no layout takes it."""
         weight = candidate.weight
         names = self._preference(candidate.name)
@@ -68,17 +79,33 @@ class Chooser:
         layout = self._verdicts[key]
         if isinstance(layout, str):
             return layout
+        known = (layout.name, weight, candidate.assembly)
+        if known not in self._recipes:
+            self._recipes[known] = self._recipe(layout, candidate, weight)
+        return self._recipes[known]
+
+    @staticmethod
+    def _recipe(layout: Layout, candidate: Candidate, weight: WeightSpec) -> Choice:
         assembly = candidate.assembly
         shape = layout.padded_shape(weight)
         if shape != (weight.n, weight.k):
             assembly = padded(assembly, *shape)
             weight = Candidate(candidate.name, candidate.sources, assembly).weight
-        return Recipe(
+        recipe = Recipe(
             layout=layout.name,
             layout_version=layout.version,
             weight=weight,
             assembly=assembly,
             views=layout.views(weight),
+        )
+        experts = candidate.sources[0].experts
+        leading = () if experts is None else (experts,)
+        return Choice(
+            recipe,
+            {
+                local: TensorSpec(spec.dtype, (*leading, *spec.shape))
+                for local, spec in layout.output_specs(weight).items()
+            },
         )
 
     def _choose(self, names: tuple[str, ...], weight: WeightSpec) -> Layout | str:

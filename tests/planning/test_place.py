@@ -9,7 +9,7 @@ from support.builders import config_of, group_config, layer, weight_args
 from support.memory import planned
 
 from ctconvert.errors import BadInputError
-from ctconvert.plan.place import index_of, place
+from ctconvert.planning.place import index_of, place
 from ctconvert.specs import DTYPE_BITS, TensorSpec
 
 BYTES = TensorSpec("U8", (100,))

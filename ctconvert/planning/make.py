@@ -8,13 +8,12 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from ctconvert import layouts
 from ctconvert.errors import UnsupportedError, UsageError
 from ctconvert.formats.quantization import with_config
-from ctconvert.plan.assemble import Candidate, alone, fuse, possible_names
-from ctconvert.plan.choose import Chooser, check_options, matches
-from ctconvert.plan.describe import Description
-from ctconvert.plan.place import Placed, place
+from ctconvert.planning.assemble import Candidate, alone, fuse, possible_names
+from ctconvert.planning.choose import Choice, Chooser, check_options, matches
+from ctconvert.planning.describe import Description
+from ctconvert.planning.place import Placed, place
 from ctconvert.records import (
     FORMAT_VERSION,
     Convert,
@@ -24,7 +23,6 @@ from ctconvert.records import (
     Options,
     Origin,
     Plan,
-    Recipe,
     Refusal,
     Restore,
     SourceFile,
@@ -33,8 +31,8 @@ from ctconvert.specs import TensorSpec
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.safetensors import TensorEntry
 
-#: A module with its recipe, before its tensors have a place.
-_Made = tuple[Candidate, Recipe]
+#: A module and how it is made, before its tensors have a place.
+_Made = tuple[Candidate, Choice]
 
 
 def make_plan(description: Description, options: Options) -> Plan:
@@ -62,18 +60,18 @@ def make_plan(description: Description, options: Options) -> Plan:
     refusals: list[Refusal] = []
     if options.fuse:
         for candidate, parts in fuse(description, notes):
-            recipe = chooser.recipe(candidate)
-            if isinstance(recipe, str):
-                notes.append(f"{candidate.name} is not fused: {recipe}")
+            choice = chooser.choice(candidate)
+            if isinstance(choice, str):
+                notes.append(f"{candidate.name} is not fused: {choice}")
             else:
-                made |= dict.fromkeys(parts, (candidate, recipe))
+                made.update(dict.fromkeys(parts, (candidate, choice)))
     for module in description.modules.values():
         if module.name in made:
             continue
-        reason: Recipe | str = module.reason
+        reason: Choice | str = module.reason
         if not reason and module.source is not None:
             candidate = alone(module.source)
-            reason = chooser.recipe(candidate)
+            reason = chooser.choice(candidate)
         if isinstance(reason, str):
             refusals.append(Refusal(module.name, module.format, module.label, reason))
         else:
@@ -128,25 +126,18 @@ def _in_source_order(
         if entry.name in description.plain or module in refused:
             yield entry
             continue
-        candidate, recipe = made[module]
+        candidate, choice = made[module]
         if candidate.name not in placed:
             placed.add(candidate.name)
-            yield candidate, recipe
+            yield candidate, choice
 
 
 def _outputs(item: _Made | TensorEntry) -> dict[str, TensorSpec]:
     """The output tensors of a unit of work, by full name."""
     if isinstance(item, TensorEntry):
         return {item.name: item.spec}
-    candidate, recipe = item
-    layout = layouts.get(recipe.layout)
-    assert layout is not None
-    experts = candidate.sources[0].experts
-    leading = () if experts is None else (experts,)
-    found = {
-        f"{candidate.name}.{local}": TensorSpec(spec.dtype, (*leading, *spec.shape))
-        for local, spec in layout.output_specs(recipe.weight).items()
-    }
+    candidate, choice = item
+    found = {f"{candidate.name}.{local}": spec for local, spec in choice.outputs.items()}
     for local, entries in candidate.beside.items():
         found[f"{candidate.name}.{local}"] = joined_rows(entries)
     return found
@@ -164,16 +155,13 @@ def joined_rows(entries: Sequence[TensorEntry]) -> TensorSpec:
 def _item(item: _Made | TensorEntry, placed: Placed) -> Item:
     if isinstance(item, TensorEntry):
         return Copy(item, placed[item.name])
-    candidate, recipe = item
+    candidate, choice = item
     beside = {local: placed[f"{candidate.name}.{local}"] for local in candidate.beside}
-    layout = layouts.get(recipe.layout)
-    assert layout is not None
-    names = [f"{candidate.name}.{local}" for local in layout.output_specs(recipe.weight)]
     return Convert(
         name=candidate.name,
         sources=candidate.sources,
-        recipe=recipe,
-        outputs=tuple(placed[name] for name in names),
+        recipe=choice.recipe,
+        outputs=tuple(placed[f"{candidate.name}.{local}"] for local in choice.outputs),
         beside=beside,
     )
 

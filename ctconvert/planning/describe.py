@@ -181,13 +181,25 @@ def _scheme_of(
     )
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What modules with the same scheme, tensors and few-element values have in common."""
+
+    spec: WeightSpec
+    owned: list[str]
+    valued: list[str]
+    beside: list[str]
+    uncalibrated: list[str]
+    reason: str
+
+
 class _Modules:
     """Describes the quantised modules of one checkpoint, each kind of module once."""
 
     def __init__(self, settings: QuantizationSettings, metadata: dict[str, bytes]) -> None:
         self.settings = settings
         self.metadata = metadata
-        self._kinds: dict[object, tuple[WeightSpec, frozenset[str]]] = {}
+        self._kinds: dict[object, _Kind] = {}
 
     def module(self, name: str, scheme: ModuleScheme, entries: dict[str, TensorEntry]) -> Module:
         """One module; its tensors are checked against its scheme.
@@ -195,15 +207,10 @@ class _Modules:
         Raises:
             BadInputError: they contradict each other.
         """
-        module = Module(name, scheme.format, scheme.format, entries)
-        if scheme.scheme is not None and scheme.scheme.weights is not None:
-            args = scheme.scheme.weights
-            module.label = f"{'fp' if args.type == 'float' else 'int'}{args.num_bits}"
-            module.label += f" {args.strategy}"
         handler = formats.get(scheme.format)
         if handler is None:
-            module.reason = formats.UNREAD.get(scheme.format, f"format {scheme.format} is not read")
-            return module
+            reason = formats.UNREAD.get(scheme.format, f"format {scheme.format} is not read")
+            return Module(name, scheme.format, _label(scheme), entries, reason=reason)
         if handler.weight_name not in entries:
             have = ", ".join(f"{local} {entry.spec}" for local, entry in sorted(entries.items()))
             raise BadInputError(
@@ -213,33 +220,30 @@ class _Modules:
             )
         for few in METADATA_NAMES & entries.keys():
             if entries[few].name not in self.metadata:
-                module.reason = f"{few} is {entries[few].spec}, expected a few elements"
-                return module
+                reason = f"{few} is {entries[few].spec}, expected a few elements"
+                return Module(name, scheme.format, _label(scheme), entries, reason=reason)
         weight = entries[handler.weight_name].spec
         experts = weight.shape[0] if len(weight.shape) == 3 else None
-        embedding = _is_embedding(self.settings, name, scheme)
-        spec, owned = self._kind(name, scheme, handler, entries, embedding, experts)
-        module.label = spec.label
-        used = {key for key, _ in spec.side}
-        module.uncalibrated = [
-            key for key in ("input_scale", "output_scale") if key in owned and key not in used
-        ]
-        beside = _BESIDE | ({"output_scale"} if self.settings.kv_cache else set())
-        module.source = SourceModule(
+        if experts == 0:
+            raise BadInputError(f"module {name}: {handler.weight_name} is {weight}: no experts")
+        kind = self._kind(name, scheme, handler, entries, experts)
+        source = SourceModule(
             name=name,
-            weight=spec,
+            weight=kind.spec,
             experts=experts,
-            tensors={key: entry for key, entry in entries.items() if key in owned},
-            values={
-                key: self.metadata[entries[key].name].hex()
-                for key in sorted(owned)
-                if entries[key].name in self.metadata
-            },
-            beside={
-                key: entry for key, entry in entries.items() if key not in owned and key in beside
-            },
+            tensors={key: entries[key] for key in kind.owned},
+            values={key: self.metadata[entries[key].name].hex() for key in kind.valued},
+            beside={key: entries[key] for key in kind.beside},
         )
-        module.reason = self._unreadable(module, beside) or ""
+        module = Module(name, scheme.format, kind.spec.label, entries, source)
+        module.uncalibrated = kind.uncalibrated
+        module.reason = kind.reason
+        cls = "Embedding" if kind.spec.embedding else "Linear"
+        if not module.reason and self.settings.transformed(name, cls):
+            module.reason = (
+                "transform_config rotates its inputs or outputs at run time, which no layout "
+                "carries"
+            )
         return module
 
     def _kind(
@@ -248,34 +252,70 @@ class _Modules:
         scheme: ModuleScheme,
         handler: formats.Format,
         entries: dict[str, TensorEntry],
-        embedding: bool,
         experts: int | None,
-    ) -> tuple[WeightSpec, frozenset[str]]:
-        """The spec of the weight (of one expert), and the local names of its tensors."""
+    ) -> _Kind:
+        """What the module has in common with others like it; checked once for all of them."""
+        embedding = _is_embedding(self.settings, name, scheme)
         raw = tuple(self.metadata.get(entry.name) for entry in entries.values())
         specs = tuple((local, entry.spec) for local, entry in entries.items())
         key = (handler.name, id(scheme.scheme), scheme.actorder_group, embedding, specs, raw)
         found = self._kinds.get(key)
         if found is None:
-            local = entries
-            if experts is not None:
-                local = self._first_expert(entries, experts)
-            values = {
-                key: _few(name, key, self.metadata[entry.name], entry.spec)
-                for key, entry in local.items()
-                if entry.name in self.metadata
-            }
-            tensors = ModuleTensors(
-                name,
-                {key: entry.spec for key, entry in local.items()},
-                embedding,
-                self.settings.version,
-                values,
+            found = self._kinds[key] = self._new_kind(
+                name, scheme, handler, entries, experts, embedding
             )
-            spec = handler.spec(tensors, scheme)
-            owned = {*handler.parameter_names(spec), *activation_names(tensors, scheme)}
-            found = self._kinds[key] = spec, frozenset(owned)
         return found
+
+    def _new_kind(
+        self,
+        name: str,
+        scheme: ModuleScheme,
+        handler: formats.Format,
+        entries: dict[str, TensorEntry],
+        experts: int | None,
+        embedding: bool,
+    ) -> _Kind:
+        local = entries if experts is None else self._first_expert(entries, experts)
+        values = {
+            key: _few(name, key, self.metadata[entry.name], entry.spec)
+            for key, entry in local.items()
+            if entry.name in self.metadata
+        }
+        tensors = ModuleTensors(
+            name,
+            {key: entry.spec for key, entry in local.items()},
+            embedding,
+            self.settings.version,
+            values,
+        )
+        spec = handler.spec(tensors, scheme)
+        owned = {*handler.parameter_names(spec), *activation_names(tensors, scheme)}
+        beside = _BESIDE | ({"output_scale"} if self.settings.kv_cache else set())
+        used = {key for key, _ in spec.side}
+        unknown = [key for key in entries if key not in owned and key not in beside]
+        shared = [
+            key
+            for key in entries
+            if experts
+            and key in owned
+            and key not in values
+            and entries[key].spec.shape[:1] != (experts,)
+        ]
+        reason = ""
+        if shared:
+            reason = f"its experts share {', '.join(shared)}; every expert needs one of its own"
+        elif unknown:
+            reason = f"holds {', '.join(unknown)}, which its scheme ({spec.label}) does not explain"
+        return _Kind(
+            spec,
+            owned=[key for key in entries if key in owned],
+            valued=[key for key in sorted(owned) if key in values],
+            beside=[key for key in entries if key not in owned and key in beside],
+            uncalibrated=[
+                key for key in ("input_scale", "output_scale") if key in owned and key not in used
+            ],
+            reason=reason,
+        )
 
     def _first_expert(self, entries: dict[str, TensorEntry], count: int) -> dict[str, TensorEntry]:
         """The tensors of one expert: slices of the 3-D ones, the shape tensor as it is."""
@@ -291,32 +331,13 @@ class _Modules:
                 found[local] = entry
         return found
 
-    def _unreadable(self, module: Module, beside: set[str] | frozenset[str]) -> str | None:
-        """Why nothing can take a module that was read, or None."""
-        source = module.source
-        assert source is not None
-        unknown = [key for key in module.entries if key not in source.tensors and key not in beside]
-        shared = [
-            key
-            for key, entry in source.tensors.items()
-            if source.experts
-            and key not in source.values
-            and entry.spec.shape[:1] != (source.experts,)
-        ]
-        if shared:
-            return f"its experts share {', '.join(shared)}; every expert needs one of its own"
-        if unknown:
-            return (
-                f"holds {', '.join(unknown)}, which its scheme ({source.weight.label}) does not "
-                "explain"
-            )
-        cls = "Embedding" if source.weight.embedding else "Linear"
-        if self.settings.transformed(module.name, cls):
-            return (
-                "transform_config rotates its inputs or outputs at run time, which no layout "
-                "carries"
-            )
-        return None
+
+def _label(scheme: ModuleScheme) -> str:
+    """For people, where no format describes the weight."""
+    if scheme.scheme is None or scheme.scheme.weights is None:
+        return scheme.format
+    args = scheme.scheme.weights
+    return f"{'fp' if args.type == 'float' else 'int'}{args.num_bits} {args.strategy}"
 
 
 def _check_plain(plain: dict[str, TensorEntry]) -> None:
