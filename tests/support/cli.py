@@ -1,25 +1,52 @@
-"""The command line, in this process."""
+"""The command line for tests: in this process, or as a program of its own."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import io
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from typer.testing import CliRunner
+from ctconvert import cli
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Outcome(NamedTuple):
-    """What a command line ended with."""
+    """How a command line ended."""
 
     code: int
     stdout: str
     stderr: str
 
 
-def run(*args: object) -> Outcome:
-    """Runs ``ctconvert`` with these arguments; what is no exit is raised."""
-    from ctconvert.cli import app
+def run(*args: object, encoding: str = "utf-8") -> Outcome:
+    """The command line, in this process, as ``main`` runs it; a traceback is raised."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    with redirect_stdout(out), redirect_stderr(err):
+        code = cli.run([str(arg) for arg in args])
+    return Outcome(code, *(_text(stream, encoding) for stream in (out, err)))
 
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Outcome(result.exit_code, result.stdout, result.stderr)
+
+def _text(stream: io.TextIOWrapper, encoding: str) -> str:
+    stream.flush()
+    raw = stream.buffer
+    assert isinstance(raw, io.BytesIO)
+    return raw.getvalue().decode(encoding)
+
+
+def environment() -> dict[str, str]:
+    """What a program of its own runs in: this checkout, no CUDA."""
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def program(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The command line as ``python -m ctconvert``."""
+    return subprocess.run(
+        [sys.executable, "-m", "ctconvert", *map(str, args)],
+        **({"capture_output": True, "text": True, "timeout": 120} | options),
+        env=environment() | options.pop("more", {}),
+    )
