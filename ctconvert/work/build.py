@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctconvert import __version__
 from ctconvert.errors import BadInputError, ConversionError, CtconvertError, UsageError
 from ctconvert.output import Output
 from ctconvert.planning.make import refuse
@@ -33,6 +32,7 @@ from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import CONFIG, INDEX, MANIFEST
 from ctconvert.store.local import LocalStore
 from ctconvert.store.writer import LocalSink
+from ctconvert.version import __version__
 from ctconvert.work.executors import Executor
 from ctconvert.work.jobs import Context, CopyJob, HashJob, Job
 from ctconvert.work.staging import (
