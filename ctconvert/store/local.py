@@ -128,6 +128,9 @@ class LocalStore(Store):
                 os.close(descriptor)
             self._open.clear()
 
+    def __del__(self) -> None:
+        self.close()
+
 
 def _print(found: os.stat_result) -> str:
     return f"{found.st_size}-{found.st_dev}-{found.st_ino}-{found.st_mtime_ns}-{found.st_ctime_ns}"
