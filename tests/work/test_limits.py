@@ -34,7 +34,7 @@ from support.stores import WatchedStore
 from ctconvert import api
 from ctconvert.errors import ConversionError, UsageError, VerificationError
 from ctconvert.output import Output
-from ctconvert.plan.memory import budget, comparison_bytes, item_bytes
+from ctconvert.planning.memory import budget, comparison_bytes, item_bytes
 from ctconvert.store.base import CHUNK
 from ctconvert.store.local import LocalStore
 from ctconvert.work.budget import Budget, CancelledError
