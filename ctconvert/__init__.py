@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ctconvert.version import __version__
+
 __all__ = ["__version__", "inspect", "plan", "repack", "restore", "verify"]
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from msgspec.structs import replace
 from ctconvert.errors import UsageError
 from ctconvert.inspection import Inspection, inspection
 from ctconvert.output import Output
-from ctconvert.plan.choose import check_options
-from ctconvert.plan.describe import describe
-from ctconvert.plan.make import make_plan, restore_plan
+from ctconvert.planning.choose import check_options
+from ctconvert.planning.describe import describe
+from ctconvert.planning.make import make_plan, restore_plan
 from ctconvert.progress import Progress, Silent
 from ctconvert.records import Options, Plan, Report, Verified
 from ctconvert.store.checkpoint import Checkpoint

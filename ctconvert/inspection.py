@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from ctconvert.plan.describe import Description, Module
+from ctconvert.planning.describe import Description, Module, as_text
 from ctconvert.records import Plan
 from ctconvert.store.safetensors import TensorEntry, total_bytes
 
@@ -87,7 +87,7 @@ def _stored(entry: TensorEntry) -> StoredTensor:
 def _architectures(found: object) -> list[str]:
     """What config.json says, where anything may stand, as text that can be written."""
     items = found if isinstance(found, list) else [] if found is None else [found]
-    return [str(item).encode("utf-8", "backslashreplace").decode() for item in items]
+    return [as_text(item) for item in items]
 
 
 def inspection(description: Description, plan: Plan | None) -> Inspection:

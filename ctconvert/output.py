@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 from ctconvert.errors import UsageError, VerificationError
@@ -11,8 +12,9 @@ from ctconvert.store.checkpoint import MANIFEST
 from ctconvert.store.hub import home_path
 from ctconvert.store.local import LocalStore
 
-#: Files that may stand beside a checkpoint's own: no loader takes them for a part of it.
-_TOLERATED = ("README.md", "LICENSE", ".gitattributes")
+#: Files that may stand beside a checkpoint's own, as hidden ones may: no loader takes them for a
+#: part of it.
+_TOLERATED = ("README.md", "LICENSE")
 
 
 class Output:
@@ -24,8 +26,13 @@ class Output:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.manifest = Manifest.load(store)
-        self.plan = self.manifest.plan
+        with closing(store):  # it can be used again: no file is held open meanwhile
+            self.manifest = Manifest.load(store)
+            self.plan = self.manifest.plan
+            self._check()
+
+    def _check(self) -> None:
+        store = self.store
         sizes = store.sizes()
         for record in self.manifest.files:
             if record.name not in sizes:
@@ -75,5 +82,9 @@ def strays(store: Store, manifest: Manifest) -> list[str]:
     return [
         name
         for name in [*store.sizes(), *store.left_out()]
-        if name not in known and name != MANIFEST and not name.startswith(_TOLERATED)
+        if name not in known and name != MANIFEST and not _is_tolerated(name)
     ]
+
+
+def _is_tolerated(name: str) -> bool:
+    return "/" not in name and name.startswith(_TOLERATED)

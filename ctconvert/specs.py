@@ -199,14 +199,6 @@ class QuantizedWeight:
     g_idx: torch.Tensor | None = None
     side: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def packed(self) -> torch.Tensor:
-        """The INT codes as i32 [N, words], K-packed (packs signed i8 where stored plain)."""
-        if self.spec.storage == "packed":
-            return self.codes
-        from ctconvert.transforms.packed import pack_int8
-
-        return pack_int8(self.codes, self.spec.bits)
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the weight by name, for comparison."""
         found: dict[str, Any] = {

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
+from support.paths import CHECKPOINTS, EXAMPLE, ROOT
+
+__all__ = ["CHECKPOINTS", "EXAMPLE", "GPU", "ROOT"]
 
 GPU = torch.cuda.is_available()
 if not GPU:  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINTS = ROOT / "tests" / "checkpoints"
-EXAMPLE = ROOT / "examples" / "smollm2-w4a16-g64"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,3 +21,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+torch.set_num_threads(1)

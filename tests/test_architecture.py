@@ -1,103 +1,236 @@
-"""Which part may import which, and what starting up may cost."""
+"""Which part may import which, and what starting up may cost.
+
+Imports inside functions count; those for type checkers alone do not.
+"""
 
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.paths import EXAMPLE, PACKAGE, ROOT
 
-PACKAGE = ROOT / "ctconvert"
-
-#: part -> what it must never import, anywhere in its files.
-FORBIDDEN = {
-    "errors.py": ("ctconvert",),
-    "specs.py": ("ctconvert.formats", "ctconvert.layouts", "ctconvert.checkpoint"),
-    "transforms": (
-        "ctconvert.formats",
-        "ctconvert.layouts",
-        "ctconvert.checkpoint",
-        "ctconvert.planning",
-        "ctconvert.runtime",
-    ),
-    "formats": (
-        "ctconvert.layouts",
-        "ctconvert.checkpoint",
-        "ctconvert.planning",
-        "ctconvert.execution",
-        "ctconvert.runtime",
-    ),
-    "layouts": (
-        "ctconvert.formats",
-        "ctconvert.checkpoint",
-        "ctconvert.planning",
-        "ctconvert.execution",
-        "ctconvert.runtime",
-    ),
-    "checkpoint": (
-        "ctconvert.formats",
-        "ctconvert.layouts",
-        "ctconvert.planning",
-        "ctconvert.execution",
-        "ctconvert.runtime",
-    ),
-    "planning.py": ("ctconvert.execution", "ctconvert.verification", "ctconvert.runtime"),
-    "runtime/kernels": ("ctconvert.formats", "ctconvert.layouts", "ctconvert.checkpoint"),
+#: What everything may import.
+_BASE = {"errors", "specs", "version", "progress"}
+_TORCH = _BASE | {"dtypes", "device"}
+_TRANSFORMS = _TORCH | {"assembly", "transforms"}
+_RECORDS = _BASE | {"assembly", "store", "records"}
+_PLANNING = _RECORDS | {"formats", "layouts", "planning"}
+_WORK = _PLANNING | _TRANSFORMS | {"codec", "output", "signals", "work"}
+#: Every part of the package (a module or a subpackage) -> the parts that it may import.
+MAY_IMPORT: Mapping[str, set[str]] = {
+    "errors": set(),
+    "version": set(),
+    "progress": set(),
+    "signals": {"errors"},
+    "specs": set(),
+    "assembly": {"specs"},
+    "device": {"errors"},
+    "dtypes": {"specs"},
+    "transforms": _TRANSFORMS,
+    "formats": _TRANSFORMS | {"formats"},
+    "layouts": _TRANSFORMS | {"layouts"},
+    "store": _BASE | {"store"},
+    "records": _RECORDS,
+    "output": _RECORDS,
+    "planning": _PLANNING,
+    "inspection": _PLANNING,
+    "codec": _TRANSFORMS | _RECORDS | {"formats", "layouts"},
+    "work": _WORK,
+    "runtime": _TRANSFORMS | _RECORDS | {"output", "layouts", "runtime"},
+    "api": _WORK | {"inspection", "runtime", "api"},
+    "": {"api", "version"},  # the package itself
+    "console": _BASE,
+    "cli": _WORK | {"", "inspection", "runtime", "api", "cli", "console"},
+    "__main__": {"cli"},
 }
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+#: Longer than they may be, for now.
+TO_BE_SPLIT = {
+    "ctconvert.cli",
+    "ctconvert.records",
+    "ctconvert.formats.quantization",
+    "ctconvert.transforms.marlin",
+    "ctconvert.transforms.packed",
+    "ctconvert.transforms.sparse24",
+    "ctconvert.work.staging",
+}
+
+
+def name_of(path: Path) -> str:
+    """``ctconvert.formats.base``; a package's own name for its ``__init__``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those under ``if TYPE_CHECKING``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from statements(node)
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """The modules of this package that a module imports, wherever in its text."""
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found: set[str] = set()
+    for node in statements(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) + 1 - node.level]
+                base = ".".join([*parents, *([base] if base else [])])
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else base for name in names}
+    return frozenset(found & MODULES.keys())
+
+
+def circles() -> list[list[str]]:
+    """Every set of modules that import one another, by Tarjan's algorithm."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in sorted(imports(module)):
+            if other not in index:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], index[other])
+        if low[module] == index[module]:
+            members = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(members) > 1 or module in imports(module):
+                found.append(sorted(members))
+
+    for module in MODULES:
+        if module not in index:
+            visit(module)
     return found
 
 
-def files_of(part: str) -> list[Path]:
-    path = PACKAGE / part
-    return [path] if path.suffix else sorted(path.rglob("*.py"))
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module: str) -> None:
+    part = part_of(module)
+    assert part in MAY_IMPORT, f"say in MAY_IMPORT what {module} may import"
+    wrong = {other for other in imports(module) if part_of(other) not in MAY_IMPORT[part]}
+    assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
 
 
-@pytest.mark.parametrize("part", FORBIDDEN)
-def test_imports_go_one_way(part: str) -> None:
-    for path in files_of(part):
-        for name in imports(path):
-            for forbidden in FORBIDDEN[part]:
-                assert name != forbidden and not name.startswith(f"{forbidden}."), (path, name)
+@pytest.mark.xfail(reason="transforms and their Triton halves are being parted", strict=False)
+def test_no_modules_import_one_another() -> None:
+    assert circles() == []
 
 
 def test_nothing_imports_the_command_line() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        if path.name != "__main__.py":
-            assert "ctconvert.cli" not in imports(path), path
+    users = {module for module in MODULES if any(part_of(i) == "cli" for i in imports(module))}
+    assert all(part_of(module) in ("cli", "__main__") for module in users)
 
 
 @pytest.mark.parametrize("kind", ["formats", "layouts"])
 def test_formats_and_layouts_do_not_import_one_another(kind: str) -> None:
-    for path in files_of(kind):
-        if path.name in ("__init__.py", "base.py"):
-            continue
-        siblings = {f"ctconvert.{kind}.{p.stem}" for p in files_of(kind) if p.stem != "base"}
-        shared = imports(path) & siblings
-        assert not shared, (path, shared)
+    """Each stands on its base alone; the package's ``__init__`` lists them."""
+    package = f"ctconvert.{kind}"
+    listed = {other for other in imports(package) if other.startswith(f"{package}.")}
+    members = listed - {f"{package}.base"}
+    assert len(members) >= 4
+    for module in members:
+        assert not imports(module) & (members | {package}), module
 
 
-def loaded_by(statement: str) -> set[str]:
-    code = f"{statement}\nimport sys\nprint(*sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def test_kernels_know_neither_layouts_nor_files() -> None:
+    for module in MODULES:
+        if module.startswith("ctconvert.runtime.kernels"):
+            parts = {part_of(other) for other in imports(module)}
+            assert parts <= _TRANSFORMS | {"runtime"}, module
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_file_is_long(module: str, request: pytest.FixtureRequest) -> None:
+    """Kernels may be: one is read as a whole."""
+    if "kernels" in module or "triton" in module.rpartition(".")[2]:
+        return
+    if module in TO_BE_SPLIT:
+        request.applymarker(pytest.mark.xfail(reason="to be split", strict=False))
+    assert len(MODULES[module].read_text().splitlines()) <= 450
+
+
+# --- starting up ---------------------------------------------------------------------------------
+
+HEAVY = {"torch", "triton", "transformers", "compressed_tensors", "numpy", "pydantic"}
+READER = "the config reader still uses compressed-tensors' own models"
+RUN = """
+import sys
+import ctconvert
+example, out = sys.argv[1:]
+"""
+
+
+def loaded_by(code: str, *arguments: object) -> set[str]:
+    """The modules that a program of its own has loaded at its end."""
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     return set(run.stdout.split())
 
 
 @pytest.mark.parametrize(
-    "statement",
-    ["import ctconvert", "import ctconvert.cli", "import ctconvert.planning, ctconvert.layouts"],
+    "code",
+    [
+        "import ctconvert",
+        "import ctconvert.cli",
+        "import ctconvert.api",
+        "import ctconvert.planning.make, ctconvert.layouts, ctconvert.formats",
+        "import ctconvert.records\nctconvert.records.schema()",
+    ],
 )
-def test_starting_up_is_light(statement: str) -> None:
-    heavy = {"torch", "triton", "transformers", "compressed_tensors", "numpy"}
-    assert not loaded_by(statement) & heavy
+def test_starting_up_is_light(code: str) -> None:
+    assert not loaded_by(code) & HEAVY
+
+
+@pytest.mark.xfail(reason=READER, strict=False)
+def test_planning_is_light() -> None:
+    """Headers and a config are read: no weights, so no torch."""
+    calls = """
+assert ctconvert.inspect(example).modules
+assert ctconvert.inspect(example, target="cuda").modules[0].layout == "marlin"
+assert ctconvert.plan(example, target="triton", fuse=True).modules
+assert len(ctconvert.plan(example, target="cuda").digest()) == 64
+"""
+    assert not loaded_by(RUN + calls, EXAMPLE, "") & HEAVY
+
+
+def test_verifying_is_light(tmp_path: Path) -> None:
+    """Bytes are hashed; only a comparison with a source decodes them."""
+    import ctconvert
+
+    ctconvert.repack(EXAMPLE, tmp_path / "out", target="cuda", device="cpu")
+    assert not loaded_by(RUN + "ctconvert.verify(out)", "", tmp_path / "out") & HEAVY

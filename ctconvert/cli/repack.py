@@ -21,7 +21,7 @@ from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import collapse, size
 
 if TYPE_CHECKING:
-    from ctconvert.plan.outline import Outline
+    from ctconvert.planning.outline import Outline
     from ctconvert.records import Report
 
 
@@ -71,8 +71,8 @@ def repack(
 
         layouts, shard = parse_layouts(layout or []), parse_size(max_shard_size)
         if dry_run:
-            from ctconvert.plan.make import refuse
-            from ctconvert.plan.outline import outline
+            from ctconvert.planning.make import refuse
+            from ctconvert.planning.outline import outline
 
             plan = api.plan(
                 model,

@@ -32,6 +32,19 @@ if TYPE_CHECKING:
     import torch
 
 
+def _check_range(name: str, values: torch.Tensor, bits: int) -> None:
+    """Raises ValueError naming the first of 2-D i8 values that ``bits`` bits cannot hold."""
+    if bits == 8:
+        return
+    bound = 1 << (bits - 1)
+    low, high = (int(value) for value in values.aminmax())
+    if low < -bound or high >= bound:
+        row, column = ((values < -bound) | (values >= bound)).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}[{row}, {column}] is {values[row, column].item()}, outside the {bits}-bit range"
+        )
+
+
 class _Quantized(Format):
     weight_name = "weight"
     kinds: ClassVar[tuple[str, ...]]
@@ -75,17 +88,12 @@ class _Quantized(Format):
         check_scale(scale)
         offset = 1 << (spec.bits - 1)
         codes = tensors["weight"]
-        if spec.kind == "int" and spec.bits < 8:
-            low, high = (int(bound) for bound in codes.aminmax())
-            if low < -offset or high >= offset:
-                bad = ((codes < -offset) | (codes >= offset)).nonzero()[0].tolist()
-                raise ValueError(
-                    f"weight{bad} is {codes[bad[0], bad[1]].item()}, outside the "
-                    f"{spec.bits}-bit range"
-                )
+        if spec.kind == "int":
+            _check_range("weight", codes, spec.bits)
         zero_point = None
         if not spec.symmetric:
             signed = tensors["weight_zero_point"].reshape(spec.scale_shape)
+            _check_range("weight_zero_point", signed, spec.bits)
             zero_point = (signed.to(torch.int16) + offset).to(torch.uint8)
         return QuantizedWeight(
             spec, codes=codes, scale=scale, zero_point=zero_point, side=decode_side(tensors, spec)

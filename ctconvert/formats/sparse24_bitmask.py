@@ -47,6 +47,7 @@ class Sparse24Bitmask(Format):
         fields: dict[str, Any]
         if scheme.scheme is None:
             fields = {"family": "sparse24", "kind": "float", "bits": 16}
+            fields["embedding"] = tensors.embedding
             elements: tuple[str, ...] = ("F16", "BF16")
         else:
             fields = storage_of(scheme, tensors)

@@ -62,6 +62,15 @@ class Layout(ABC):
         return {}
 
 
+def packed_codes(weight: QuantizedWeight) -> torch.Tensor:
+    """The INT codes as i32 [N, words], K-packed (packs signed i8 where stored plain)."""
+    if weight.spec.storage == "packed":
+        return weight.codes
+    from ctconvert.transforms.packed import pack_int8
+
+    return pack_int8(weight.codes, weight.spec.bits)
+
+
 def side_specs(spec: WeightSpec) -> dict[str, TensorSpec]:
     """Static activation scales ride along as f32 [1] (an exact widening)."""
     return {name: TensorSpec("F32", (1,)) for name, _ in spec.side}

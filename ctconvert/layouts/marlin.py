@@ -30,7 +30,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs, weight_only
+from ctconvert.layouts.base import (
+    Layout,
+    decode_side,
+    encode_side,
+    packed_codes,
+    side_specs,
+    weight_only,
+)
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -92,7 +99,7 @@ class Marlin(_Marlin):
         from ctconvert.transforms import marlin
 
         spec = weight.spec
-        codes, scale, perm = weight.packed(), weight.scale, None
+        codes, scale, perm = packed_codes(weight), weight.scale, None
         assert scale is not None
         if weight.g_idx is not None:
             _check_whole_groups(weight.g_idx, spec)
@@ -185,7 +192,7 @@ class MarlinMXFP4(_Marlin):
         assert weight.scale is not None
         scales = weight.scale.view(torch.uint8).t().contiguous()
         return {
-            "weight": marlin.marlin_pack(weight.packed(), 4),
+            "weight": marlin.marlin_pack(packed_codes(weight), 4),
             "weight_scale": marlin.marlin_permute_mxfp4_scales(scales).view(weight.scale.dtype),
         }
 

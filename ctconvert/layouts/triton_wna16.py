@@ -21,7 +21,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs, weight_only
+from ctconvert.layouts.base import (
+    Layout,
+    decode_side,
+    encode_side,
+    packed_codes,
+    side_specs,
+    weight_only,
+)
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -62,7 +69,7 @@ class TritonWNA16(Layout):
         spec = weight.spec
         assert weight.scale is not None
         made = {
-            "qweight": transpose_packed(weight.packed(), spec.bits, columns=spec.k),
+            "qweight": transpose_packed(packed_codes(weight), spec.bits, columns=spec.k),
             "scales": weight.scale.t().contiguous(),
         }
         if weight.zero_point is not None:

@@ -20,7 +20,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs, weight_only
+from ctconvert.layouts.base import (
+    Layout,
+    decode_side,
+    encode_side,
+    packed_codes,
+    side_specs,
+    weight_only,
+)
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -72,7 +79,7 @@ class _XPU(Layout):
         assert weight.scale is not None
         zero = torch.full((1,), _ZERO_POINT, dtype=torch.int8, device=weight.codes.device)
         return {
-            "weight_packed": weight.packed(),
+            "weight_packed": packed_codes(weight),
             "weight_scale": weight.scale.t().contiguous(),
             "weight_zero_point": zero,
         } | encode_side(weight)

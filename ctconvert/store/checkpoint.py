@@ -158,10 +158,11 @@ def _config(store: Store) -> tuple[str, dict[str, Any]]:
 
 def _weight_map(store: Store) -> dict[str, str]:
     where = store.path(INDEX)
+    data = _read_json(store, INDEX)
     try:
-        weight_map = msgspec.json.decode(_read_json(store, INDEX), type=_Index).weight_map
-    except msgspec.ValidationError as error:
-        raise BadInputError(f"{where}: no weight_map of file names ({error})") from None
+        weight_map = msgspec.json.decode(data, type=_Index).weight_map
+    except msgspec.ValidationError:
+        raise BadInputError(f"{where}: {_wrong_index(msgspec.json.decode(data))}") from None
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{where}: not valid JSON ({error})") from None
     if not weight_map:
@@ -178,6 +179,17 @@ def _weight_map(store: Store) -> dict[str, str]:
             reason = store.left_out().get(file, "not there; the download is incomplete")
             raise BadInputError(f"{where}: names {file}, which is {reason}")
     return weight_map
+
+
+def _wrong_index(index: Any) -> str:
+    """What is wrong with an index that is JSON and has no map of names to names."""
+    if not isinstance(index, dict):
+        return "not a JSON object"
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        return "no weight_map"
+    name = next(name for name, file in weight_map.items() if not isinstance(file, str))
+    return f"tensor {name}: {weight_map[name]!r} is no file name"
 
 
 def _shards_without_index(store: Store) -> list[str]:

@@ -30,6 +30,7 @@ class LocalStore(Store):
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
         self._sizes: dict[str, int] | None = None
+        self._prints: dict[str, str] = {}
         self._left_out: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,7 +57,7 @@ class LocalStore(Store):
             for item in subfolders:
                 if (at / item).is_symlink():
                     self._leave_out(at / item, "a link to a directory, which is not followed")
-            for item in sorted(names):
+            for item in sorted(name for name in names if not name.startswith(".")):
                 path = at / item
                 try:
                     found = path.stat()
@@ -71,6 +72,7 @@ class LocalStore(Store):
                     name = path.relative_to(self.root).as_posix()
                     if path.is_symlink() and not _inside(path, roots):
                         self._leave_out(path, "a link that leaves the checkpoint")
+                    self._prints[name] = _print(found)
                     yield name, found.st_size
 
     def _leave_out(self, path: Path, reason: str) -> None:
@@ -105,17 +107,33 @@ class LocalStore(Store):
         return found
 
     def fingerprint(self, name: str) -> str:
-        """Size, inode and both times; the change time cannot be set back as ``touch`` can."""
-        found = (self.root / name).stat()
-        return (
-            f"{found.st_size}-{found.st_dev}-{found.st_ino}-{found.st_mtime_ns}-{found.st_ctime_ns}"
-        )
+        """Size, inode and both times; the change time cannot be set back as ``touch`` can.
+
+        Raises:
+            ConversionError: the file is no longer what it was when the files were listed; what
+                was read of it since then and what is read now may not belong together.
+        """
+        self.sizes()
+        try:
+            found = _print((self.root / name).stat())
+        except OSError:
+            found = ""
+        if found != self._prints[name]:
+            raise ConversionError(f"{self.root / name}: changed while it was being read; run again")
+        return found
 
     def close(self) -> None:
         with self._lock:
             for descriptor in self._open.values():
                 os.close(descriptor)
             self._open.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _print(found: os.stat_result) -> str:
+    return f"{found.st_size}-{found.st_dev}-{found.st_ino}-{found.st_mtime_ns}-{found.st_ctime_ns}"
 
 
 def _is_utf8(name: str) -> bool:

@@ -144,7 +144,9 @@ def parse_header(text: bytes, size: int, file: str, where: str) -> Header:
         header = _HEADER.decode(text)
         raw_metadata = header.pop("__metadata__", None)
         _check_unique(text, len(header))
-    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+    except msgspec.ValidationError:
+        raise BadInputError(f"{where}: the header is not a JSON object") from None
+    except (ValueError, RecursionError) as error:
         raise BadInputError(f"{where}: the header is not valid JSON ({error})") from None
     try:
         metadata = {} if raw_metadata is None else _METADATA.decode(raw_metadata) or {}

@@ -9,12 +9,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctconvert import __version__
 from ctconvert.errors import BadInputError, ConversionError, CtconvertError, UsageError
 from ctconvert.output import Output
-from ctconvert.plan.make import refuse
-from ctconvert.plan.memory import budget
-from ctconvert.plan.place import disk_bytes, index_of
+from ctconvert.planning.make import refuse
+from ctconvert.planning.memory import budget
+from ctconvert.planning.place import disk_bytes, index_of
 from ctconvert.progress import Progress
 from ctconvert.records import (
     FORMAT_VERSION,
@@ -33,9 +32,17 @@ from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import CONFIG, INDEX, MANIFEST
 from ctconvert.store.local import LocalStore
 from ctconvert.store.writer import LocalSink
+from ctconvert.version import __version__
 from ctconvert.work.executors import Executor
 from ctconvert.work.jobs import Context, CopyJob, HashJob, Job
-from ctconvert.work.staging import Identity, Staging, check_place, discard_committed, recover
+from ctconvert.work.staging import (
+    Identity,
+    Staging,
+    check_place,
+    discard_leftovers,
+    recover,
+    unfinished_run,
+)
 from ctconvert.work.verify import verify_output
 
 
@@ -80,51 +87,68 @@ def build(plan: Plan, store: Store, out: Path, settings: Settings) -> Report:
         raise UsageError("--resume and --overwrite contradict each other; give one of them")
     out = check_place(store.root if isinstance(store, LocalStore) else None, out)
     recover(out)
-    if settings.resume and (done := _complete(plan, store, out, settings)):
-        return done
-    run = _Build(plan, store, out, settings)
-    resumed = run.run()
+    with closing(store):
+        if settings.resume and (done := _complete(plan, store, out, settings)):
+            return done
+        resumed = _Build(plan, store, out, settings).run()
     return _report(plan, out, resumed)
+
+
+def _asked(plan: Plan) -> str:
+    """A hash of what was asked for, by which an unfinished run is known again."""
+    asked = [__version__, plan.kind, to_json(plan.options).decode()]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def _complete(plan: Plan, store: Store, out: Path, settings: Settings) -> Report | None:
     """The report of an output that an earlier run has completed, or None.
 
     Raises:
-        UsageError: it is there, and the source has changed since.
+        UsageError: it is there, the source has changed since, and no unfinished run was to
+            replace it.
         VerificationError: it is damaged.
     """
     if not (out / MANIFEST).is_file():
         return None
-    local = LocalStore(out)
-    try:
-        manifest = Manifest.load(local)
-    except CtconvertError:
-        return None  # not this program's: the staging says what may be done with it
-    if to_json(manifest.plan.options) != to_json(plan.options) or manifest.plan.kind != plan.kind:
-        return None
-    changed = UsageError(
-        f"{out} is complete, but the source has changed since it was made; use --overwrite to "
-        "convert it again"
-    )
+    with closing(LocalStore(out)) as local:
+        try:
+            manifest = Manifest.load(local)
+        except CtconvertError:
+            return None  # not this program's: the staging says what may be done with it
+        if manifest.plan.options != plan.options or manifest.plan.kind != plan.kind:
+            return None
+        if not _made_of(manifest, plan, store, settings):
+            begun = unfinished_run(out)
+            if begun is not None and begun.overwrite and begun.identity.options == _asked(plan):
+                return None
+            raise UsageError(
+                f"{out} is complete, but the source has changed since it was made; use --overwrite "
+                "to convert it again"
+            )
+        if settings.verify:
+            verify_output(Output(local), settings.executor, settings.progress)
+    discard_leftovers(out, _asked(plan))
+    settings.progress.note(f"{out} is already complete")
+    return _report(plan, out, resumed=len(plan.shards))
+
+
+def _made_of(manifest: Manifest, plan: Plan, store: Store, settings: Settings) -> bool:
+    """Whether an output was made of this very source: by its plan, and the bytes of its files."""
     if manifest.plan.digest() != plan.digest():
-        raise changed
-    settings.progress.note(f"{out} is there: comparing the source with what it was made of")
+        return False
+    settings.progress.note(f"{store.where}: comparing it with what the output was made of")
     names = [file.name for file in (*plan.source.hashed, *plan.side_files)]
     records = manifest.file_records | {record.name: record for record in manifest.sources}
     context = Context(store, progress=settings.progress)
     sizes = store.sizes()
     settings.progress.phase("comparing", sum(sizes[name] for name in names))
     jobs = [HashJob(name, name, 0, sizes[name]) for name in names]
-    for done in settings.executor.run(jobs, context):
-        for name, digest in done.hashes.items():
-            if name not in records or records[name].sha256 != digest:
-                raise changed
-    if settings.verify:
-        verify_output(Output(local), settings.executor, settings.progress)
-    discard_committed(out)
-    settings.progress.note(f"{out} is already complete")
-    return _report(plan, out, resumed=len(plan.shards))
+    with closing(settings.executor.run(jobs, context)) as results:
+        return all(
+            name in records and records[name].sha256 == digest
+            for done in results
+            for name, digest in done.hashes.items()
+        )
 
 
 class _Build:
@@ -134,12 +158,9 @@ class _Build:
         self.plan = plan
         self.store = store
         self.settings = settings
-        self.digest = plan.digest()
         self.watched = [file.name for file in (*plan.source.files, *plan.side_files)]
         self.prints = {name: store.fingerprint(name) for name in self.watched}
-        asked = [__version__, plan.kind, to_json(plan.options).decode()]
-        options = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        self.staging = Staging(out, Identity(options, self.digest, self.prints))
+        self.staging = Staging(out, Identity(_asked(plan), plan.digest(), self.prints))
         self.hashes: dict[str, str] = {}
 
     def run(self) -> int:
@@ -165,14 +186,24 @@ class _Build:
             raise
         finally:
             sink.close()
-            self.store.close()
             staging.close()
         return resumed
 
     def _take_over(self) -> int:
         """Keeps the finished shards of an earlier run that are whole; returns how many."""
         plan, staging = self.plan, self.staging
-        made = LocalStore(staging.folder)
+        with closing(LocalStore(staging.folder)) as made:
+            whole = self._whole_shards(made)
+        staging.keep_only(whole)
+        for hashes in staging.shards.values():
+            self.hashes |= hashes
+        if whole:
+            self.settings.progress.note(f"{len(whole)} of {len(plan.shards)} shards taken over")
+        return len(whole)
+
+    def _whole_shards(self, made: LocalStore) -> set[str]:
+        """The shards whose every tensor has the hash that the journal says."""
+        plan, staging = self.plan, self.staging
         jobs: list[Job] = []
         whole: set[str] = set()
         for shard in plan.shards:
@@ -195,13 +226,7 @@ class _Build:
                 file = plan.entries[name].file
                 if staging.shards[file][name] != digest:
                     whole.discard(file)
-        made.close()
-        staging.keep_only(whole)
-        for hashes in staging.shards.values():
-            self.hashes |= hashes
-        if whole:
-            self.settings.progress.note(f"{len(whole)} of {len(plan.shards)} shards taken over")
-        return len(whole)
+        return whole
 
     def _fill(self, left: list[Shard], sink: LocalSink) -> None:
         """Makes the shards that are not there, and hashes the source beside."""
@@ -296,7 +321,11 @@ class _Build:
     def _check_unchanged(self) -> None:
         """Raises ConversionError where the source is no longer what it was at the beginning."""
         for name, before in self.prints.items():
-            if self.store.fingerprint(name) != before:
+            try:
+                same = self.store.fingerprint(name) == before
+            except ConversionError:
+                same = False
+            if not same:
                 self.staging.discard()
                 raise ConversionError(
                     f"{self.store.path(name)}: changed while it was being converted; nothing was "

@@ -15,14 +15,13 @@ import errno
 import fcntl
 import os
 import shutil
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
-from ctconvert.errors import ConversionError, CtconvertError, UsageError
-from ctconvert.records import Manifest
+from ctconvert.errors import ConversionError, UsageError
 from ctconvert.store.checkpoint import MANIFEST
 from ctconvert.store.local import LocalStore
 from ctconvert.store.writer import LocalSink, cannot_write, fsync_directory
@@ -105,11 +104,15 @@ class Staging:
                 with it, a partial one is of other options, or another run is writing it.
         """
         recover(self.out)
-        begun = self._check(resume, overwrite)
         opened = False
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            if self.root.is_dir():
+                self._take_lock()
+            begun = self._check(resume, overwrite)
+            if self._lock is None:
+                self.root.mkdir(parents=True, exist_ok=True)
+                self._take_lock()
+                begun = self._check(resume, overwrite)  # another run may have come and gone
             if not (resume and begun is not None and self._load(begun)):
                 self._clear()
                 self._append(Begin(self.identity, self._overwrite))
@@ -125,8 +128,7 @@ class Staging:
 
     def _check(self, resume: bool, overwrite: bool) -> Begin | None:
         """What an unfinished run began with, where it may be continued or cleared away."""
-        begun = read_journal(self._journal)[:1]
-        first = begun[0] if begun and isinstance(begun[0], Begin) else None
+        first = unfinished_run(self.out)
         unfinished = self._journal.exists()
         if self.root.exists() and not (self.root.is_dir() and (unfinished or _is_empty(self.root))):
             raise UsageError(
@@ -272,15 +274,24 @@ class Staging:
         except UsageError as error:
             raise self._taken(str(error)) from None
         if not exchange(self.folder, self.out):
-            _remove(self.root / _OLD)
-            self.out.rename(self.root / _OLD)
-            self.folder.rename(self.out)
+            self._replace_in_two_steps()
             return
         try:  # what was exchanged, not what was looked at before
             check_replaceable(self.folder)
         except UsageError as error:
             exchange(self.folder, self.out)
             raise self._taken(str(error)) from None
+
+    def _replace_in_two_steps(self) -> None:
+        """Moves OUT aside first; where the second step fails, it is brought back."""
+        old = self.root / _OLD
+        _remove(old)
+        self.out.rename(old)
+        try:
+            self.folder.rename(self.out)
+        finally:
+            if not os.path.lexists(self.out):
+                old.rename(self.out)
 
     def _clear(self) -> None:
         for name in (_CHECKPOINT, _OLD, _JOURNAL):
@@ -303,6 +314,12 @@ class Staging:
 def partial_of(out: Path) -> Path:
     """Where the output of that name is built."""
     return out.with_name(out.name + ".partial")
+
+
+def unfinished_run(out: Path) -> Begin | None:
+    """How the unfinished run beside an output began, where there is one that says so."""
+    first = read_journal(partial_of(out) / _JOURNAL)[:1]
+    return first[0] if first and isinstance(first[0], Begin) else None
 
 
 def read_journal(path: Path, mend: bool = False) -> list[Begin | ShardDone | SourceDone | Commit]:
@@ -382,29 +399,26 @@ class _locked:  # noqa: N801 (used as a function)
         os.close(self._descriptor)
 
 
-def discard_committed(out: Path) -> None:
-    """Removes what a run that was killed just after its commit has left beside a complete OUT."""
+def discard_leftovers(out: Path, options: str) -> None:
+    """Removes what a killed run of the same options has left beside a complete OUT.
+
+    That run was killed just after its commit, or would have made the same again.
+    """
     root = partial_of(out)
     if not root.is_dir():
         return
     with _locked(root) as free:
-        entries = read_journal(root / _JOURNAL)
-        manifests = {entry.manifest for entry in entries if isinstance(entry, Commit)}
-        if not free or (entries and _manifest_hash(out) not in manifests):
-            return
-        if not entries and not _is_empty(root):
+        begun = unfinished_run(out)
+        if begun is None:  # killed before it had begun, or at the very end
+            ours = {path.name for path in root.iterdir()} <= {_JOURNAL}
+        else:
+            ours = begun.identity.options == options
+        if not free or not ours:
             return
         with suppress(OSError):
             for name in (_CHECKPOINT, _OLD, _JOURNAL):
                 _remove(root / name)
             root.rmdir()
-
-
-def _manifest_hash(out: Path) -> str | None:
-    try:
-        return Manifest.load(LocalStore(out)).manifest_sha256
-    except CtconvertError:
-        return None
 
 
 def check_replaceable(out: Path) -> None:
@@ -415,13 +429,13 @@ def check_replaceable(out: Path) -> None:
     """
     if not out.is_dir() or out.is_symlink():
         raise UsageError(f"{out} is no directory; only a checkpoint of ctconvert's is replaced")
-    store = LocalStore(out)
-    if MANIFEST not in store.sizes():
-        raise UsageError(
-            f"{out} has no {MANIFEST}, so ctconvert did not make it, and it is not replaced; "
-            "remove it yourself or choose another place"
-        )
-    files = replaceable_files(store)
+    with closing(LocalStore(out)) as store:
+        if MANIFEST not in store.sizes():
+            raise UsageError(
+                f"{out} has no {MANIFEST}, so ctconvert did not make it, and it is not replaced; "
+                "remove it yourself or choose another place"
+            )
+        files = replaceable_files(store)
     if files is None:
         raise UsageError(
             f"{out / MANIFEST} is damaged, so what ctconvert made is not known, and it is not "

@@ -13,7 +13,7 @@ from ctconvert import codec, records
 from ctconvert.device import is_out_of_memory, resolve
 from ctconvert.dtypes import from_bytes, raw_bytes
 from ctconvert.errors import ConversionError
-from ctconvert.plan.memory import comparison_bytes, item_bytes
+from ctconvert.planning.memory import comparison_bytes, item_bytes
 from ctconvert.store.base import Store
 from ctconvert.store.safetensors import TensorEntry
 from ctconvert.work.jobs import Context, Done, Job, TensorWriter, copy_tensors

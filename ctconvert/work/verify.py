@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from msgspec.structs import replace
 
 from ctconvert.errors import VerificationError
 from ctconvert.output import Output
-from ctconvert.plan.describe import describe
-from ctconvert.plan.make import joined_rows
-from ctconvert.plan.memory import budget
+from ctconvert.planning.describe import describe
+from ctconvert.planning.make import joined_rows
+from ctconvert.planning.memory import budget
 from ctconvert.progress import Progress
 from ctconvert.records import Compared, Convert, SourceModule, Verified
 from ctconvert.store.checkpoint import Checkpoint
@@ -49,9 +51,9 @@ def verify_output(output: Output, executor: Executor, progress: Progress) -> Ver
         )
         for entry in entries
     ]
-    for _ in executor.run(jobs, Context(store, progress=progress)):
-        pass
-    store.close()
+    with closing(store):
+        for _ in executor.run(jobs, Context(store, progress=progress)):
+            pass
     return Verified(
         checkpoint=store.where,
         tensors=len(entries),
@@ -85,10 +87,9 @@ def verify_against(
         memory=budget(output.plan, compare=True),
         progress=progress,
     )
-    for _ in executor.run(jobs, context):
-        pass
-    output.store.close()
-    checkpoint.store.close()
+    with closing(output.store), closing(checkpoint.store):
+        for _ in executor.run(jobs, context):
+            pass
     return Compared(
         checkpoint=output.where,
         source=checkpoint.store.where,

@@ -13,7 +13,7 @@ from support.cli import program, run
 import ctconvert
 from ctconvert import api, records
 from ctconvert.layouts import LAYOUTS, TARGETS
-from ctconvert.plan.outline import outline
+from ctconvert.planning.outline import outline
 from ctconvert.records import to_json
 
 VERBS = ("inspect", "repack", "verify", "restore", "bench", "layouts", "schema")

@@ -1,1 +1,1 @@
-"""What several tests share."""
+"""What tests share: builders of checkpoints, plain references, the command line, paths."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ctconvert.assembly import Assembly, Concat, Pad, Part, Stack, assembled, can_join, units
-from ctconvert.plan.describe import Description, Module
+from ctconvert.planning.describe import Description, Module
 from ctconvert.records import SourceModule
 from ctconvert.specs import WeightSpec
 from ctconvert.store.safetensors import TensorEntry

@@ -10,10 +10,10 @@ from msgspec.structs import replace
 
 from ctconvert.errors import UnsupportedError, UsageError
 from ctconvert.formats.quantization import with_config
-from ctconvert.plan.assemble import Candidate, alone, fuse, possible_names
-from ctconvert.plan.choose import Choice, Chooser, check_options, matches
-from ctconvert.plan.describe import Description
-from ctconvert.plan.place import Placed, place
+from ctconvert.planning.assemble import Candidate, alone, fuse, possible_names
+from ctconvert.planning.choose import Choice, Chooser, check_options, matches
+from ctconvert.planning.describe import Description
+from ctconvert.planning.place import Placed, place
 from ctconvert.records import (
     FORMAT_VERSION,
     Convert,

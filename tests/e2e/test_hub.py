@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from builders import config_of, group_config, quantised, weight_args, write_checkpoint
+from support.builders import config_of, group_config, quantised, weight_args, write_checkpoint
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+from ctconvert.records import Manifest
+from ctconvert.store.local import LocalStore
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 V2_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 
@@ -150,44 +154,60 @@ def etag(path: Path) -> str:
     return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
-#: Runs command lines in one process (imports are slow); between two of them it says so to the Hub.
+#: Runs verbs in one process (imports are slow); between two of them it says so to the Hub.
 DRIVER = """
-import json, sys, urllib.request
-from typer.testing import CliRunner
-from ctconvert.cli import app
+import contextlib, io, json, sys, urllib.request
+import ctconvert
+from ctconvert.errors import CtconvertError
+from ctconvert.records import to_json
 found = []
-for index, command in enumerate(json.load(sys.stdin)):
-    result = CliRunner().invoke(app, command)
-    fault = result.exception
-    if fault is not None and not isinstance(fault, SystemExit):
-        raise fault
-    found.append([result.exit_code, result.stdout, result.stderr])
+for index, (verb, args, options) in enumerate(json.load(sys.stdin)):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            result = json.loads(to_json(getattr(ctconvert, verb)(*args, **options)))
+            outcome = [0, result, ""]
+        except CtconvertError as error:
+            outcome = [error.exit_code, None, str(error)]
+    found.append([*outcome, printed.getvalue()])
     if len(sys.argv) > 1:
         urllib.request.urlopen(f"{sys.argv[1]}/mark/{index}").read()
 json.dump(found, sys.stdout)
 """
+#: A verb, its arguments and its options.
+Call = tuple[str, list[str], dict[str, Any]]
 
 
+@dataclass
 class Outcome:
-    """A finished command line, and what the Hub sent for it."""
+    """How a verb ended, and what the Hub sent for it."""
 
-    def __init__(self, code: int, stdout: str, stderr: str, sent: dict[str, int]) -> None:
-        self.code, self.stdout, self.stderr, self.sent = code, stdout, stderr, sent
+    code: int
+    result: Any
+    error: str
+    printed: str
+    sent: dict[str, int]
+
+    @property
+    def made(self) -> Any:
+        """The record of a verb that succeeded and printed nothing."""
+        assert self.code == 0, self.error
+        assert self.printed == ""
+        return self.result
 
     def weight_bytes(self) -> int:
         return sum(count for name, count in self.sent.items() if name.endswith(".safetensors"))
 
     def fails(self, *says: str) -> None:
-        """Exit code 2, one line that says all that, nothing on stdout."""
-        assert self.code == 2, self.stderr
-        assert self.stderr.startswith("error: ") and self.stderr.count("\n") == 1, self.stderr
-        assert self.stdout == ""
+        """Bad usage, in one line that says all that, and nothing printed."""
+        assert self.code == 2 and self.printed == ""
+        assert "\n" not in self.error
         for text in says:
-            assert text in self.stderr
+            assert text in self.error
 
 
-def run(hub: Hub, home: Path, commands: list[list[str]], **more: str) -> list[Outcome]:
-    """Command lines in a process whose Hub is ``hub``."""
+def run(hub: Hub, home: Path, calls: list[Call], **more: str) -> list[Outcome]:
+    """Verbs in a process whose Hub is ``hub``."""
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -204,7 +224,7 @@ def run(hub: Hub, home: Path, commands: list[list[str]], **more: str) -> list[Ou
     up = [] if hub.closed else [hub.url]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, *up],
-        input=json.dumps(commands),
+        input=json.dumps(calls),
         env=environment,
         capture_output=True,
         text=True,
@@ -212,10 +232,9 @@ def run(hub: Hub, home: Path, commands: list[list[str]], **more: str) -> list[Ou
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    sent = hub.marks if up else [{} for _ in commands]
+    sent = hub.marks if up else [{} for _ in calls]
     return [
-        Outcome(code, stdout, stderr, counts)
-        for (code, stdout, stderr), counts in zip(json.loads(done.stdout), sent, strict=True)
+        Outcome(*found, counts) for found, counts in zip(json.loads(done.stdout), sent, strict=True)
     ]
 
 
@@ -232,29 +251,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-LIVE: dict[str, list[str]] = {
-    "inspect": ["inspect", "org/name", "--json"],
-    "inspect for a target": ["inspect", "org/name@v2", "--target", "triton"],
-    "dry run": ["repack", "org/name", "--target", "triton", "--dry-run", "--json"],
-    "repack": ["repack", "org/name@v2", "out", "--target", "triton", "--json"],
-    "repack, default place": ["repack", "org/name", "--target", "triton"],
-    "verify": ["verify", "out", "--against", "org/name@v2"],
-    "inspect, no such repository": ["inspect", "org/nope"],
-    "inspect, no such revision": ["inspect", "org/name@nope"],
-    "inspect, gated": ["inspect", "org/locked"],
-    "inspect, Hub in trouble": ["inspect", "org/broken"],
-    "repack, no such repository": ["repack", "org/nope", "--target", "triton"],
-    "repack, no such revision": ["repack", "org/name@nope", "--target", "triton"],
-    "repack, gated": ["repack", "org/locked", "x", "--target", "triton"],
-    "repack, Hub in trouble": ["repack", "org/broken", "x", "--target", "triton"],
-    "verify, no such repository": ["verify", "out", "--against", "org/nope"],
+TRITON = {"target": "triton"}
+ON_CPU = {"target": "triton", "device": "cpu"}
+LIVE: dict[str, Call] = {
+    "inspect": ("inspect", ["org/name"], {}),
+    "inspect for a target": ("inspect", ["org/name@v2"], TRITON),
+    "plan": ("plan", ["org/name"], TRITON),
+    "repack": ("repack", ["org/name@v2", "out"], ON_CPU),
+    "repack, default place": ("repack", ["org/name"], ON_CPU),
+    "verify": ("verify", ["out"], {"against": "org/name@v2"}),
+    "inspect, no such repository": ("inspect", ["org/nope"], {}),
+    "inspect, no such revision": ("inspect", ["org/name@nope"], {}),
+    "inspect, gated": ("inspect", ["org/locked"], {}),
+    "inspect, Hub in trouble": ("inspect", ["org/broken"], {}),
+    "repack, no such repository": ("repack", ["org/nope"], ON_CPU),
+    "repack, no such revision": ("repack", ["org/name@nope"], ON_CPU),
+    "repack, gated": ("repack", ["org/locked", "x"], ON_CPU),
+    "repack, Hub in trouble": ("repack", ["org/broken", "x"], ON_CPU),
+    "verify, no such repository": ("verify", ["out"], {"against": "org/nope"}),
 }
-DOWN: dict[str, list[str]] = {
-    "inspect": ["inspect", "org/other"],
-    "dry run": ["repack", "org/other", "--target", "triton", "--dry-run"],
-    "repack": ["repack", "org/other", "--target", "triton"],
-    "inspect, cached": ["inspect", "org/name@v2", "--json"],
-    "repack, cached": ["repack", "org/name@v2", "again", "--target", "triton"],
+DOWN: dict[str, Call] = {
+    "inspect": ("inspect", ["org/other"], {}),
+    "plan": ("plan", ["org/other"], TRITON),
+    "repack": ("repack", ["org/other"], ON_CPU),
+    "inspect, cached": ("inspect", ["org/name@v2"], {}),
+    "repack, cached": ("repack", ["org/name@v2", "again"], ON_CPU),
 }
 
 
@@ -289,42 +310,39 @@ def down(hub: Hub, home: Path, live: dict[str, Outcome]) -> dict[str, Outcome]:
     return dict(zip(DOWN, run(hub, home, list(DOWN.values())), strict=True))
 
 
-@pytest.mark.parametrize("case", ["inspect", "inspect for a target", "dry run"])
+@pytest.mark.parametrize("case", ["inspect", "inspect for a target", "plan"])
 def test_planning_downloads_headers_only(live: dict[str, Outcome], case: str) -> None:
-    outcome = live[case]
-    assert outcome.code == 0, outcome.stderr
-    assert 0 < outcome.weight_bytes() < 4096
-    assert "tokenizer.json" not in outcome.sent
+    assert live[case].made
+    assert 0 < live[case].weight_bytes() < 4096
+    assert "tokenizer.json" not in live[case].sent
 
 
 def test_inspect_shows_the_commit(live: dict[str, Outcome]) -> None:
-    found = json.loads(live["inspect"].stdout)
+    found = live["inspect"].made
     assert found["revision"] == COMMIT and len(found["modules"]) == 2
+    assert live["inspect for a target"].made["revision"] == V2_COMMIT
 
 
-def test_dry_run_plans(live: dict[str, Outcome]) -> None:
-    plan = json.loads(live["dry run"].stdout)
-    assert [module["layout"] for module in plan["modules"]] == ["triton-wna16"] * 2
+def test_a_plan_without_a_download(live: dict[str, Outcome]) -> None:
+    items = live["plan"].made["items"]
+    chosen = [item["recipe"]["layout"] for item in items if item["type"] == "convert"]
+    assert chosen == ["triton-wna16"] * 2
 
 
 def test_repack_records_id_and_commit(live: dict[str, Outcome], home: Path, folder: Path) -> None:
-    outcome = live["repack"]
-    assert outcome.code == 0, outcome.stderr
-    assert json.loads(outcome.stdout)["modules"] == 2
-    assert outcome.stderr == ""
-    source = json.loads((home / "out" / "ctconvert.json").read_text())["source"]
-    assert source["id"] == "org/name" and source["revision"] == V2_COMMIT
-    for file in source["files"]:
-        data = (folder / file["name"]).read_bytes()
-        assert file["size"] == len(data) and file["sha256"] == hashlib.sha256(data).hexdigest()
-    assert live["verify"].code == 0, live["verify"].stderr
+    assert live["repack"].made["modules"] == 2
+    manifest = Manifest.load(LocalStore(home / "out"))
+    assert (manifest.plan.source.id, manifest.plan.source.revision) == ("org/name", V2_COMMIT)
+    for file in manifest.sources:
+        data = (folder / file.name).read_bytes()
+        assert file.size == len(data) and file.sha256 == hashlib.sha256(data).hexdigest()
+    assert live["verify"].made["against"]["modules"] == 2
 
 
 def test_default_place_of_a_hub_model(live: dict[str, Outcome], home: Path) -> None:
-    outcome = live["repack, default place"]
-    assert outcome.code == 0, outcome.stderr
-    manifest = json.loads((home / "name-triton" / "ctconvert.json").read_text())
-    assert manifest["source"]["revision"] == COMMIT
+    assert live["repack, default place"].made["out"] == "name-triton"
+    manifest = Manifest.load(LocalStore(home / "name-triton"))
+    assert manifest.plan.source.revision == COMMIT
 
 
 def test_only_what_was_converted_is_there(down: dict[str, Outcome], home: Path) -> None:
@@ -340,18 +358,16 @@ def test_what_the_hub_refuses(live: dict[str, Outcome], verb: str) -> None:
 
 
 def test_verify_against_a_model_that_is_not_there(live: dict[str, Outcome]) -> None:
-    outcome = live["verify, no such repository"]
-    assert outcome.code == 2 and outcome.stdout == ""
-    assert outcome.stderr.splitlines()[-1].startswith("error: org/nope: ")
+    live["verify, no such repository"].fails("org/nope: ")
 
 
-@pytest.mark.parametrize("case", ["inspect", "dry run", "repack"])
+@pytest.mark.parametrize("case", ["inspect", "plan", "repack"])
 def test_the_hub_cannot_be_reached(down: dict[str, Outcome], case: str) -> None:
     down[case].fails("org/other", "cannot be reached")
 
 
 def test_the_cache_serves_when_the_hub_does_not(down: dict[str, Outcome], home: Path) -> None:
-    assert json.loads(down["inspect, cached"].stdout)["revision"] == V2_COMMIT
-    assert down["repack, cached"].code == 0, down["repack, cached"].stderr
+    assert down["inspect, cached"].made["revision"] == V2_COMMIT
+    assert down["repack, cached"].made["modules"] == 2
     for name in ("model.safetensors", "ctconvert.json", "config.json"):
         assert (home / "again" / name).read_bytes() == (home / "out" / name).read_bytes()

@@ -10,7 +10,7 @@ from ctconvert import layouts
 from ctconvert.assembly import Assembly
 from ctconvert.errors import UsageError
 from ctconvert.layouts import Layout
-from ctconvert.plan.assemble import Candidate, padded
+from ctconvert.planning.assemble import Candidate, padded
 from ctconvert.records import Options, Recipe
 from ctconvert.specs import TensorSpec, WeightSpec
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from ctconvert.plan.memory import peak_memory
-from ctconvert.plan.place import disk_bytes
+from ctconvert.planning.memory import peak_memory
+from ctconvert.planning.place import disk_bytes
 from ctconvert.records import Convert, Plan, Refusal
 
 

@@ -6,34 +6,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKPOINTS
 from safetensors.torch import load_file
-from test_schemes import GOLDEN, REAL
+from support.paths import CHECKPOINTS, GOLDEN
+from support.schemes import REAL
 
 import ctconvert
 
+pytestmark = pytest.mark.gpu
 CASES = [
     (name, target) for name, targets in REAL.items() for target, made in targets.items() if made
 ]
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(("name", "target"), CASES)
 @pytest.mark.parametrize("fuse", [False, True])
 def test_the_gpu_writes_the_cpus_bytes(name: str, target: str, fuse: bool, tmp_path: Path) -> None:
     source = CHECKPOINTS / name
     for device in ("cpu", "cuda"):
-        ctconvert.repack(source, tmp_path / device, target=target, device=device, fuse=fuse)
-        ctconvert.restore(tmp_path / device, tmp_path / f"{device}-back", device=device)
-    for folder in ("", "-back"):
-        names = {path.name for path in (tmp_path / f"cpu{folder}").iterdir()}
-        assert names == {path.name for path in (tmp_path / f"cuda{folder}").iterdir()}
+        # one name for both: a restored checkpoint's manifest says what it was made of
+        out = tmp_path / device / "out"
+        ctconvert.repack(source, out, target=target, device=device, fuse=fuse)
+        ctconvert.restore(out, tmp_path / device / "back", device=device)
+    for folder in ("out", "back"):
+        made, want = (tmp_path / device / folder for device in ("cuda", "cpu"))
+        names = {path.name for path in want.iterdir()}
+        assert names == {path.name for path in made.iterdir()}
         for file in names:
-            made = (tmp_path / f"cuda{folder}" / file).read_bytes()
-            assert made == (tmp_path / f"cpu{folder}" / file).read_bytes(), file
+            assert (made / file).read_bytes() == (want / file).read_bytes(), file
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("key", ["w4.K128.N64", "w4.K256.N128", "w8.K128.N64", "w8.K256.N128"])
 def test_marlin_vectors(key: str) -> None:
     from ctconvert.transforms.marlin import marlin_pack, marlin_unpack
@@ -46,7 +47,6 @@ def test_marlin_vectors(key: str) -> None:
     assert torch.equal(marlin_unpack(tiles.cuda(), bits, n, k).cpu(), words)
 
 
-@pytest.mark.gpu
 def test_mxfp4_vectors() -> None:
     from ctconvert.transforms.marlin import marlin_pack, marlin_permute_mxfp4_scales
 
@@ -58,7 +58,6 @@ def test_mxfp4_vectors() -> None:
     assert torch.equal(made, vectors["mxfp4_marlin.out_scale_u8"])
 
 
-@pytest.mark.gpu
 def test_cutlass_vectors() -> None:
     from ctconvert.transforms.sparse24 import sm90_compress, sm90_decompress
 

@@ -64,6 +64,11 @@ class Description:
     oddities: list[str]
 
 
+def as_text(found: object) -> str:
+    """A value of a config.json as text that can be written: JSON can spell what UTF-8 cannot."""
+    return str(found).encode("utf-8", "backslashreplace").decode()
+
+
 def numbers(data: bytes, spec: TensorSpec) -> list[float]:
     """The values of a few-element tensor."""
     codes = {"I64": "q", "I32": "i", "I8": "b", "U8": "B", "F32": "f", "F16": "e", "F64": "d"}
@@ -123,7 +128,8 @@ def describe(checkpoint: Checkpoint) -> Description:
     if rotated := settings.transforms_elsewhere(modules, grouped):
         for found in modules.values():
             found.reason = found.reason or (
-                f"transform_config also rotates {rotated} at run time, which no layout carries"
+                f"transform_config also rotates {as_text(rotated)} at run time, which no layout "
+                "carries"
             )
     return Description(
         checkpoint, settings, modules, plain, _oddities(checkpoint, settings, modules)
