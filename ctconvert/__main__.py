@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+from ctconvert.signals import SIGNALS, Stopped
 
 
 def main() -> None:
     """Runs the command line."""
+    _open_standard_files()
     try:
-        from ctconvert.cli import app
+        SIGNALS.install()
+        from ctconvert.cli import run
 
-        app()
-    except KeyboardInterrupt:  # before the command itself could catch it
-        sys.stderr.write("error: interrupted\n")
-        sys.exit(130)
+        code = run(sys.argv[1:])
+    except Stopped:  # before or after the command itself, which catches it
+        code = SIGNALS.code or 1
+        if line := SIGNALS.line():
+            sys.stderr.write(f"error: {line}\n")
+    SIGNALS.done(code)
+    sys.exit(code)
+
+
+def _open_standard_files() -> None:
+    """Puts the null device in the place of closed ones, which files opened later would take."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 (for as long as the process lives)
 
 
 if __name__ == "__main__":

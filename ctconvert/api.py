@@ -198,6 +198,7 @@ def verify(
     out: str | Path,
     *,
     against: str | Path | None = None,
+    independent: bool = False,
     kernels: bool = False,
     device: str = "auto",
     workers: int | None = None,
@@ -208,6 +209,7 @@ def verify(
     Args:
         out: a converted checkpoint.
         against: the model it was made from, a directory or a Hub id.
+        independent: decode ``against`` by compressed-tensors' own code, not by this package's.
         kernels: also run every module's kernel against the reference.
         device: where the kernels run.
         workers: threads.
@@ -217,11 +219,14 @@ def verify(
         the report, the content of ``ctconvert verify --json``.
 
     Raises:
+        UsageError: there is no such checkpoint, or ``independent`` without ``against``.
         VerificationError: something differs; the message names the tensor, module or file.
     """
     from ctconvert.work.staging import recover
     from ctconvert.work.verify import verify_against, verify_output
 
+    if independent and against is None:
+        raise UsageError("--independent compares with a source; name it by --against MODEL")
     path, shown = home_path(out), progress or Silent()
     executor = _executor(workers)
     recover(path)

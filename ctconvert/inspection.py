@@ -5,8 +5,15 @@ from __future__ import annotations
 from msgspec import Struct
 
 from ctconvert.planning.describe import Description, Module, as_text
-from ctconvert.records import Plan, SourceFile
+from ctconvert.records import Plan
 from ctconvert.store.safetensors import TensorEntry, total_bytes
+
+
+class StoredFile(Struct, frozen=True):
+    """A file of the source that holds tensors."""
+
+    name: str
+    bytes: int
 
 
 class StoredTensor(Struct, frozen=True):
@@ -46,7 +53,7 @@ class Inspection(Struct, frozen=True, kw_only=True):
     architectures: list[str]
     format: str | None
     compressed_tensors_version: str | None
-    shards: list[SourceFile]
+    shards: list[StoredFile]
     bytes: int
     quantised_bytes: int
     tensors: int
@@ -100,7 +107,7 @@ def inspection(description: Description, plan: Plan | None) -> Inspection:
         compressed_tensors_version=(
             ".".join(map(str, settings.version)) if settings.version else None
         ),
-        shards=[SourceFile(name, sizes[name]) for name in checkpoint.shards],
+        shards=[StoredFile(name, sizes[name]) for name in checkpoint.shards],
         bytes=total_bytes(checkpoint.tensors.values()),
         quantised_bytes=sum(module.nbytes for module in description.modules.values()),
         tensors=len(checkpoint.tensors),

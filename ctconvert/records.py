@@ -213,7 +213,7 @@ class Shard(Struct, frozen=True):
 
 
 class SourceFile(Struct, frozen=True):
-    """A file of the source that holds tensors."""
+    """A file of the source, with its size in bytes."""
 
     name: str
     size: Size
@@ -253,7 +253,7 @@ class Plan(Struct, frozen=True, kw_only=True, omit_defaults=True, dict=True):
     items: tuple[Item, ...]
     shards: tuple[Shard, ...]
     config: str
-    side_files: tuple[str, ...] = ()
+    side_files: tuple[SourceFile, ...] = ()
     kept: tuple[Refusal, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
@@ -460,7 +460,7 @@ def _contradiction(manifest: Manifest) -> str | None:
         return "tensors do not hold a hash of every tensor of plan.items"
     place = {name: shard.name for shard in plan.shards for name in shard.tensors}
     files = {record.name for record in manifest.files}
-    wanted = [*place.values(), *plan.side_files, "config.json"]
+    wanted = [*place.values(), *(file.name for file in plan.side_files), "config.json"]
     if missing := [name for name in wanted if name not in files]:
         return f"files do not list {missing[0]}"
     for entry in entries.values():

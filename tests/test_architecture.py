@@ -46,15 +46,13 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "runtime": _TRANSFORMS | _RECORDS | {"output", "layouts", "runtime"},
     "api": _WORK | {"inspection", "runtime", "api"},
     "": {"api", "version"},  # the package itself
-    "console": _BASE,
-    "cli": _WORK | {"", "inspection", "runtime", "api", "cli", "console"},
-    "__main__": {"cli"},
+    "cli": _WORK | {"", "inspection", "runtime", "api", "cli"},
+    "__main__": {"cli", "signals"},
 }
 
 
 #: Longer than they may be, for now.
 TO_BE_SPLIT = {
-    "ctconvert.cli",
     "ctconvert.records",
     "ctconvert.formats.quantization",
     "ctconvert.transforms.marlin",

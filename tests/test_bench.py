@@ -15,7 +15,7 @@ import pytest
 import torch
 from builders import DYNAMIC_INT8, config_of, group_config, quantised, weight_args, write_checkpoint
 from conftest import CHECKPOINTS, ROOT
-from test_cli import run
+from support.cli import run
 from typer.testing import CliRunner
 
 import ctconvert

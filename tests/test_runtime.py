@@ -21,7 +21,7 @@ from builders import (
 from conftest import CHECKPOINTS, GPU
 from reference import load_tensors
 from safetensors.torch import save_file
-from test_cli import run
+from support.cli import run
 from test_schemes import FRESH, REAL
 
 import ctconvert

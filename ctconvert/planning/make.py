@@ -77,6 +77,7 @@ def make_plan(description: Description, options: Options) -> Plan:
         else:
             made[module.name] = (candidate, reason)
     refused = {refusal.module for refusal in refusals}
+    sizes = description.checkpoint.store.sizes()
     order = list(_in_source_order(description, made, refused))
     shards, placed = place(map(_outputs, order), options.max_shard_size)
     plan = Plan(
@@ -86,7 +87,9 @@ def make_plan(description: Description, options: Options) -> Plan:
         items=tuple(_item(item, placed) for item in order),
         shards=shards,
         config="",
-        side_files=tuple(description.checkpoint.side_files()),
+        side_files=tuple(
+            SourceFile(name, sizes[name]) for name in description.checkpoint.side_files()
+        ),
         kept=tuple(refusals) if options.keep_unsupported else (),
         refusals=() if options.keep_unsupported else tuple(refusals),
         notes=(*notes, *description.oddities),

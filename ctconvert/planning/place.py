@@ -69,8 +69,8 @@ def index_of(shards: Sequence[Shard], entries: Mapping[str, TensorEntry]) -> dic
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def disk_bytes(plan: Plan, side_sizes: Mapping[str, int]) -> int:
+def disk_bytes(plan: Plan) -> int:
     """Bytes the output takes, side files and manifest (about) included."""
-    side = sum(side_sizes[name] for name in plan.side_files)
+    side = sum(file.size for file in plan.side_files)
     manifest = 4096 + 3072 * len(plan.modules) + 768 * len(plan.copies)
     return plan.tensor_bytes + side + manifest

@@ -137,7 +137,7 @@ def _made_of(manifest: Manifest, plan: Plan, store: Store, settings: Settings) -
     if manifest.plan.digest() != plan.digest():
         return False
     settings.progress.note(f"{store.where}: comparing it with what the output was made of")
-    names = [file.name for file in plan.source.hashed] + list(plan.side_files)
+    names = [file.name for file in (*plan.source.hashed, *plan.side_files)]
     records = manifest.file_records | {record.name: record for record in manifest.sources}
     context = Context(store, progress=settings.progress)
     sizes = store.sizes()
@@ -158,7 +158,7 @@ class _Build:
         self.plan = plan
         self.store = store
         self.settings = settings
-        self.watched = [file.name for file in plan.source.files] + list(plan.side_files)
+        self.watched = [file.name for file in (*plan.source.files, *plan.side_files)]
         self.prints = {name: store.fingerprint(name) for name in self.watched}
         self.staging = Staging(out, Identity(_asked(plan), plan.digest(), self.prints))
         self.hashes: dict[str, str] = {}
@@ -173,7 +173,7 @@ class _Build:
             resumed = self._take_over()
             left = [shard for shard in self.plan.shards if shard.name not in staging.shards]
             done = self.plan.tensor_bytes - sum(shard.size for shard in left)
-            staging.check_space(disk_bytes(self.plan, self.store.sizes()) - done)
+            staging.check_space(disk_bytes(self.plan) - done)
             self._fill(left, sink)
             manifest = self._finish(sink)
             self._check_unchanged()
@@ -297,10 +297,10 @@ class _Build:
         for name, data in made.items():
             sink.put(name, data)
             files.append(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()))
-        for name in plan.side_files:
-            digests = _Hashing(self.store.pieces(name))
-            sink.put(name, digests)
-            files.append(FileRecord(name, digests.size, digests.hexdigest()))
+        for file in plan.side_files:
+            digests = _Hashing(self.store.pieces(file.name))
+            sink.put(file.name, digests)
+            files.append(FileRecord(file.name, digests.size, digests.hexdigest()))
         sizes = self.store.sizes()
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -380,6 +380,6 @@ def _report(plan: Plan, out: Path, resumed: int) -> Report:
         resumed_shards=resumed,
         source_bytes=sum(sources.values()),
         output_bytes=plan.tensor_bytes,
-        side_files=plan.side_files,
+        side_files=tuple(file.name for file in plan.side_files),
         notes=plan.notes,
     )

@@ -1,0 +1,89 @@
+"""``ctconvert bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ctconvert.cli.failures import failures
+from ctconvert.cli.options import Json, KernelDevice, Out, parse_counts
+from ctconvert.cli.sink import Sink
+
+
+def bench(
+    out: Out,
+    device: KernelDevice = "auto",
+    m: Annotated[
+        str,
+        typer.Option("--m", help="Numbers of tokens, or rows looked up, separated by commas."),
+    ] = "1,16,256,4096",
+    json_: Json = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png", help="Write a roofline chart, .png, .svg or .pdf; by matplotlib."
+        ),
+    ] = None,
+) -> None:
+    """Time a checkpoint's kernels beside measured limits.
+
+    A dense bf16 matmul, or look-up, of the same shape is timed beside each. The floor is bytes at a copy's rate or flops at a matmul's, whichever is slower.
+    """
+    with failures(device):
+        rows = parse_counts(m)
+        from ctconvert.runtime import benchmark
+
+        if plot is not None:
+            benchmark.check_plot(plot)
+        found = benchmark.bench(out, device, rows)
+        Sink(json_).show(found, _print)
+        if plot is not None:
+            benchmark.plot(found, plot)
+
+
+def _print(sink: Sink, found: dict[str, Any]) -> None:
+    limits = ", ".join(
+        f"{kind} matmul {rate / 1e12:.2f} TFLOP/s" for kind, rate in found["matmul_flops"].items()
+    )
+    copy = found["copy_bytes_per_second"] / 1e12
+    sink.line(f"{found['device']}: copy {copy:.3f} TB/s, {limits}, measured now")
+    columns = ["layout", "weights", "N x K", "M", "us", "TB/s", "TFLOP/s", "in", "floor us"]
+    sink.table([*columns, "dense us", "dense/ours"], map(_cells, found["rows"]))
+    products = {row["product"]: row["product_flops"] for row in found["rows"]}
+    for product, limit in products.items():
+        if product is None:
+            sink.line(
+                "note: an embedding multiplies nothing: M rows are looked up, its floor is of "
+                "bytes alone, dense is a bf16 table"
+            )
+        elif limit is None:
+            sink.line(
+                f"note: no {product} limit can be measured here; those floors are of bytes alone"
+            )
+        elif product.endswith("2:4"):
+            sink.line(
+                f"note: the {product} limit is {limit / 1e12:.2f} TFLOP/s, twice the dense one"
+            )
+
+
+def _cells(row: dict[str, Any]) -> tuple[object, ...]:
+    seconds, flops, dense = row["seconds"], row["flops"], row["dense_seconds"]
+    return (
+        row["layout"],
+        row["weights"],
+        f"{row['n']}x{row['k']}",
+        row["m"],
+        _number(seconds * 1e6, 1),
+        _number(row["bytes_per_second"] / 1e12, 3),
+        _number(flops and flops / 1e12, 2),
+        row["product"] or "",
+        _number(row["floor_seconds"] * 1e6, 1),
+        _number(dense and dense * 1e6, 1),
+        _number(dense and dense / seconds, 2),
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

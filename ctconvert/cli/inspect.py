@@ -1,0 +1,61 @@
+"""``ctconvert inspect``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ctconvert.cli.failures import failures
+from ctconvert.cli.options import Json, Model
+from ctconvert.cli.sink import Sink
+from ctconvert.cli.text import collapse, size
+
+if TYPE_CHECKING:
+    from ctconvert.inspection import InspectedModule, Inspection
+
+
+def inspect(
+    model: Model,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="Also say what each module would become for it."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Show what is in a checkpoint: schemes by module, sizes, oddities."""
+    with failures():
+        from ctconvert import api
+
+        Sink(json_).show(api.inspect(model, target=target), _print)
+
+
+def _print(sink: Sink, found: Inspection) -> None:
+    version = found.compressed_tensors_version
+    sink.line(
+        f"{found.model}: {', '.join(found.architectures) or '?'}, {found.format}"
+        + (f" (compressed-tensors {version})" if version else "")
+    )
+    sink.line(
+        f"{len(found.modules)} quantised modules, {size(found.quantised_bytes)} of "
+        f"{size(found.bytes)} in {len(found.shards)} file(s); "
+        f"{found.unquantised_tensors} tensors are not quantised"
+    )
+    sink.line()
+    columns = ["module", "format", "weights", "N x K"]
+    columns += [f"for {found.target}"] if found.target else []
+    rows = [(module.name, _cells(module, found.target)) for module in found.modules]
+    sink.table([*columns, "count"], collapse(rows))
+    sink.notes(found.oddities)
+
+
+def _cells(module: InspectedModule, target: str | None) -> tuple[str, ...]:
+    shape = "x".join(map(str, module.shape)) if module.shape else "?"
+    if module.experts:
+        shape = f"{module.experts} x {shape}"
+    if target is not None:
+        made = module.layout or f"none: {module.refused}"
+        return module.format, module.weights, shape, made
+    if module.unsupported:
+        shape += f" ({module.unsupported})"
+    return module.format, module.weights, shape

@@ -1,0 +1,77 @@
+"""The command line, put together of its verbs."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from ctconvert import __version__
+from ctconvert.cli.bench import bench
+from ctconvert.cli.failures import TOLD, tell, usage_line
+from ctconvert.cli.inspect import inspect
+from ctconvert.cli.layouts import layouts
+from ctconvert.cli.repack import repack
+from ctconvert.cli.restore import restore
+from ctconvert.cli.schema import schema
+from ctconvert.cli.sink import flush, say_error
+from ctconvert.cli.verify import verify
+
+#: What typer raises for a command line it cannot read; it exports only this subclass.
+_Unreadable: Any = typer.BadParameter.__base__
+
+app = typer.Typer(
+    name="ctconvert",
+    help="Converts compressed-tensors checkpoints into kernel-ready ones, offline.\n\n"
+    "Exit codes: 0 done, 1 the conversion or the verification failed, 2 bad usage or bad input, "
+    "3 the target cannot take a module, 130, 143 and 129 stopped by Ctrl-C, SIGTERM and SIGHUP.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help is plain text, of which no bracket is lost
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (inspect, repack, verify, restore, bench, layouts, schema):
+    app.command()(verb)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"ctconvert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name it cannot spell is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code; without arguments it shows the help."""
+    if sys.stdout is None:
+        say_error("stdout is closed; send it to /dev/null where nobody needs the result")
+        return 2
+    try:
+        code = app(args=[*arguments] or ["--help"], prog_name="ctconvert", standalone_mode=False)
+        flush()
+    except _Unreadable as error:
+        command = error.ctx.command_path if error.ctx else "ctconvert"
+        say_error(usage_line(error.format_message(), command))
+        code = 2
+    except TOLD as error:
+        code = tell(error)
+    try:
+        flush()
+    except OSError:  # said already; the interpreter need not try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code or (0 if arguments else 2)

@@ -1,0 +1,145 @@
+"""``ctconvert repack``, and what a dry run of it shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ctconvert.cli.failures import RESUMES, failures
+from ctconvert.cli.options import (
+    Device,
+    Json,
+    Model,
+    Resume,
+    Workers,
+    parse_layouts,
+    parse_size,
+)
+from ctconvert.cli.sink import Sink
+from ctconvert.cli.text import collapse, size
+
+if TYPE_CHECKING:
+    from ctconvert.planning.outline import Outline
+    from ctconvert.records import Report
+
+
+def repack(
+    model: Model,
+    out: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT", help="Directory to make; MODEL-TARGET beside MODEL."),
+    ] = None,
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="What the kernels run on: triton, cuda or xpu.")
+    ] = ...,  # type: ignore[assignment]
+    device: Device = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan; read and write no weight data.")
+    ] = False,
+    json_: Json = False,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest output file; a module is never split.")
+    ] = "5GB",
+    workers: Workers = None,
+    resume: Resume = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing OUT.")
+    ] = False,
+    fuse: Annotated[
+        bool, typer.Option("--fuse/--no-fuse", help="Join q/k/v and gate/up projections.")
+    ] = False,
+    keep_unsupported: Annotated[
+        bool,
+        typer.Option(
+            "--keep-unsupported", help="Copy modules that no layout takes instead of refusing."
+        ),
+    ] = False,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=LAYOUT", help="Layout for modules by glob or re:regex."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read the output back and check it.")
+    ] = True,
+) -> None:
+    """Convert a compressed-tensors checkpoint into a kernel-ready one."""
+    sink = Sink(json_)
+    with failures(device, advice="" if dry_run else RESUMES):
+        from ctconvert import api
+
+        layouts, shard = parse_layouts(layout or []), parse_size(max_shard_size)
+        if dry_run:
+            from ctconvert.planning.make import refuse
+            from ctconvert.planning.outline import outline
+
+            plan = api.plan(
+                model,
+                target=target,
+                fuse=fuse,
+                keep_unsupported=keep_unsupported,
+                layout=layouts,
+                max_shard_size=shard,
+            )
+            sink.show(outline(plan), _print_outline)
+            refuse(plan)
+            return
+        with sink.progress() as progress:
+            report = api.repack(
+                model,
+                out,
+                target=target,
+                fuse=fuse,
+                keep_unsupported=keep_unsupported,
+                layout=layouts,
+                max_shard_size=shard,
+                device=device,
+                workers=workers,
+                resume=resume,
+                overwrite=overwrite,
+                verify=verify,
+                progress=progress,
+            )
+        sink.show(report, lambda sink, report: _print(sink, report, verify))
+
+
+def _print(sink: Sink, report: Report, verified: bool) -> None:
+    made = ", ".join(f"{count} x {name}" for name, count in report.layouts.items())
+    sink.line(
+        f"{report.out}: {report.modules} modules ({made or 'none'}), "
+        f"{report.copied_tensors} tensors copied, {size(report.output_bytes)} in "
+        f"{report.shards} file(s)" + (", verified" if verified else ", not verified")
+    )
+    for refusal in report.kept:
+        sink.line(f"kept unchanged: {refusal.module}: {refusal.reason}")
+    sink.notes(report.notes)
+
+
+def _print_outline(sink: Sink, plan: Outline) -> None:
+    rows = [
+        (
+            module.name,
+            (
+                module.format,
+                module.weights,
+                module.layout,
+                "x".join(map(str, module.shape)),
+                size(module.bytes),
+            ),
+        )
+        for module in plan.modules
+    ]
+    sink.table(
+        ["module", "format", "weights", "layout", "N x K", "bytes each", "count"], collapse(rows)
+    )
+    sink.line(f"{len(plan.copied)} tensors are copied unchanged")
+    for refusal in plan.kept:
+        sink.line(f"kept unchanged: {refusal}")
+    sink.notes(plan.notes)
+    for shard in plan.shards:
+        sink.line(f"{shard.name}: {len(shard.tensors)} tensors, {size(shard.bytes)}")
+    sink.line(
+        f"disk needed: {size(plan.disk_bytes)}; peak memory about "
+        f"{size(plan.peak_memory_bytes)}; nothing was written"
+    )

@@ -1,0 +1,107 @@
+"""Where everything that a verb says goes: results to stdout, the rest to stderr.
+
+People and programs get the same record, and nothing that a name holds reaches a terminal as it is:
+texts go through :func:`printable`, JSON has escapes of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+from ctconvert.cli.text import collapse, printable, table
+
+if TYPE_CHECKING:
+    from ctconvert.cli.progress import ShownProgress
+
+R = TypeVar("R")
+
+
+class Sink:
+    """What a verb writes its result to; with ``as_json`` one JSON document and nothing else."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+
+    def show(self, record: R, people: Callable[[Sink, R], object], **more: Any) -> None:
+        """A result: as ``people`` prints it, or as JSON, ``more`` fields first."""
+        if not self.as_json:
+            people(self, record)
+            return
+        import msgspec
+
+        found = msgspec.to_builtins(record)
+        _write(to_json(more | found if more else found))
+
+    def progress(self) -> AbstractContextManager[ShownProgress | None]:
+        """What shows how far a run is; None for programs."""
+        if self.as_json:
+            return nullcontext()
+        from ctconvert.cli.progress import ShownProgress
+
+        return ShownProgress()
+
+    def line(self, text: str = "") -> None:
+        _write(printable(text) + "\n")
+
+    def notes(self, notes: Iterable[str]) -> None:
+        """Notes, those that differ in layer numbers only as one."""
+        for note, count in collapse((note, ()) for note in notes):
+            self.line(f"note: {note}" + (f" ({count} times)" if count != "1" else ""))
+
+    def table(self, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+        """A table; on a screen it is folded to fit, elsewhere no cell is ever broken."""
+        screen = is_screen(sys.stdout)
+        width = shutil.get_terminal_size().columns if screen else None
+        cells = [[printable(str(cell)) for cell in row] for row in (columns, *rows)]
+        bold = screen and not os.environ.get("NO_COLOR")
+        for lines in table(cells, width):
+            for text in lines:
+                _write(f"\x1b[1m{text}\x1b[0m\n" if bold else text + "\n")
+            bold = False
+
+
+def to_json(value: Any) -> str:
+    """A JSON document in ASCII, so that no name in it can steer a terminal or be unwritable."""
+    return json.dumps(value, indent=2).replace("\x7f", "\\u007f") + "\n"
+
+
+def is_screen(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that moves its cursor."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "stdout") from None
+
+
+def flush() -> None:
+    """Writes what stdout still holds.
+
+    Raises:
+        OSError: it cannot; the file's name is ``stdout``.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "stdout") from None
+
+
+def say(text: str) -> None:
+    """A line on stderr. That nobody can read it is no reason to stop."""
+    with suppress(OSError):
+        sys.stderr.write(printable(text) + "\n")
+        sys.stderr.flush()
+
+
+def say_error(text: str) -> None:
+    """The one line a failure ends in."""
+    say(f"error: {text}")

@@ -1,0 +1,74 @@
+"""``ctconvert verify``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ctconvert.cli.failures import failures
+from ctconvert.cli.options import Json, KernelDevice, Out, Workers
+from ctconvert.cli.sink import Sink
+from ctconvert.cli.text import size
+
+if TYPE_CHECKING:
+    from ctconvert.records import Verified
+
+
+def verify(
+    out: Out,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Also invert every layout and compare with the source."),
+    ] = None,
+    independent: Annotated[
+        bool,
+        typer.Option(
+            "--independent",
+            help="With --against: unpack the source by compressed-tensors' code, not our own.",
+        ),
+    ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Also run every module against the reference.")
+    ] = False,
+    device: KernelDevice = "auto",
+    json_: Json = False,
+    workers: Workers = None,
+) -> None:
+    """Prove a converted checkpoint: its bytes, codes and scales."""
+    sink = Sink(json_)
+    with failures(device):
+        from ctconvert import api
+
+        with sink.progress() as progress:
+            found = api.verify(
+                out,
+                against=against,
+                independent=independent,
+                kernels=kernels,
+                device=device,
+                workers=workers,
+                progress=progress,
+            )
+        sink.show(found, _print, ok=True)
+
+
+def _print(sink: Sink, found: Verified) -> None:
+    out = found.checkpoint
+    sink.line(
+        f"{out}: ok, {found.tensors} tensors and {found.files} files, {size(found.bytes)}, "
+        "match the manifest"
+    )
+    if found.against is not None:
+        compared = found.against
+        sink.line(
+            f"{out}: ok, {compared.modules} modules hold the codes and scales of "
+            f"{compared.source} bit for bit, and {compared.copied_tensors} tensors are its own"
+        )
+    if found.kernels == {}:
+        sink.line(f"{out}: holds no converted module, so there is no kernel to run")
+    for layout, run in (found.kernels or {}).items():
+        sink.line(
+            f"{out}: ok, {run['modules']} {layout} kernels within {run['tolerance']:.0e} of "
+            f"the reference; worst {run['worst_error']:.1e} ({run['module']}, {run['case']})"
+        )
