@@ -12,8 +12,9 @@ from ctconvert.store.checkpoint import MANIFEST
 from ctconvert.store.hub import home_path
 from ctconvert.store.local import LocalStore
 
-#: Files that may stand beside a checkpoint's own: no loader takes them for a part of it.
-_TOLERATED = ("README.md", "LICENSE", ".gitattributes")
+#: Files that may stand beside a checkpoint's own, as hidden ones may: no loader takes them for a
+#: part of it.
+_TOLERATED = ("README.md", "LICENSE")
 
 
 class Output:

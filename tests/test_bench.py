@@ -15,6 +15,7 @@ import pytest
 import torch
 from builders import DYNAMIC_INT8, config_of, group_config, quantised, weight_args, write_checkpoint
 from conftest import CHECKPOINTS, ROOT
+from ctconvert.verification import Output
 from support.cli import run
 from typer.testing import CliRunner
 
@@ -24,7 +25,6 @@ from ctconvert.errors import VerificationError
 from ctconvert.runtime import benchmark, load
 from ctconvert.runtime.benchmark import Limits, eight_bit_rate, median_seconds, product_of
 from ctconvert.runtime.loading import bindings
-from ctconvert.verification import Output
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ctconvert import __version__
 from ctconvert.cli.bench import bench
 from ctconvert.cli.failures import TOLD, tell, usage_line
 from ctconvert.cli.inspect import inspect
@@ -20,6 +19,7 @@ from ctconvert.cli.restore import restore
 from ctconvert.cli.schema import schema
 from ctconvert.cli.sink import flush, say_error
 from ctconvert.cli.verify import verify
+from ctconvert.version import __version__
 
 #: What typer raises for a command line it cannot read; it exports only this subclass.
 _Unreadable: Any = typer.BadParameter.__base__

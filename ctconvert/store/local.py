@@ -57,7 +57,7 @@ class LocalStore(Store):
             for item in subfolders:
                 if (at / item).is_symlink():
                     self._leave_out(at / item, "a link to a directory, which is not followed")
-            for item in sorted(names):
+            for item in sorted(name for name in names if not name.startswith(".")):
                 path = at / item
                 try:
                     found = path.stat()
@@ -127,6 +127,9 @@ class LocalStore(Store):
             for descriptor in self._open.values():
                 os.close(descriptor)
             self._open.clear()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _print(found: os.stat_result) -> str:

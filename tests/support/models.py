@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ctconvert.errors import UsageError
 from ctconvert.output import Output
 from ctconvert.planning.describe import describe
 from ctconvert.planning.make import make_plan, restore_plan
@@ -146,10 +145,3 @@ def restore(
     chosen = Settings(executor or Inline(), progress or Silent(), **settings)
     store = LocalStore(out)
     return build(restore_plan(output.manifest, store.id, max_shard_size), store, dest, chosen)
-
-
-def refusal(error: UsageError) -> str:
-    """The one line of an error."""
-    text = str(error)
-    assert "\n" not in text
-    return text

@@ -17,7 +17,6 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import get_args
 import pytest
 from support import faults
 from support.faults import Fault, How
+from support.folders import quick_folder
 from support.models import options, repack, restore, tree, write_model
 
 from ctconvert import api
@@ -179,15 +179,12 @@ SCENARIOS = {
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
-    """In memory where the system has such a folder: a run waits for many an fsync."""
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="ctconvert-", dir=memory if memory.is_dir() else None))
-    place = Place(folder)
-    gc.collect()
-    gc.freeze()  # what is there now need not be copied into every child
-    yield place
-    gc.unfreeze()
-    shutil.rmtree(folder)
+    with quick_folder() as folder:
+        place = Place(folder)
+        gc.collect()
+        gc.freeze()  # what is there now need not be copied into every child
+        yield place
+        gc.unfreeze()
 
 
 class Case:

@@ -1,0 +1,429 @@
+"""Full disks, failing reads, memory, interrupts: a run ends in one line and holds on to nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support import faults
+from support.executors import Inline
+from support.models import (
+    config,
+    module_name,
+    plan_of,
+    repack,
+    restore,
+    tree,
+    write_json,
+)
+from support.stores import WatchedStore
+
+from ctconvert import api
+from ctconvert.errors import ConversionError, UsageError, VerificationError
+from ctconvert.output import Output
+from ctconvert.planning.memory import budget, comparison_bytes, item_bytes
+from ctconvert.store.base import CHUNK
+from ctconvert.store.local import LocalStore
+from ctconvert.work.budget import Budget, CancelledError
+from ctconvert.work.executors import Threads
+from ctconvert.work.jobs import Context
+from ctconvert.work.transforming import CompareJob, ConvertJob, RestoreJob
+
+if TYPE_CHECKING:
+    from .conftest import Place
+
+Whole = dict[str, str]
+MIB = 1 << 20
+
+
+# --- the disk ------------------------------------------------------------------------------------
+
+
+def test_a_file_size_limit_midway(place: Place, whole: Whole) -> None:
+    """One shard is larger than the limit, the ones before it are not."""
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (15_500, 15_500))
+        repack(place.model, place.out)
+
+    ended = faults.run(limited)
+    assert re.fullmatch(
+        r"ConversionError: .*out\.partial/checkpoint/.*: File too large; .*--resume", ended.end
+    )
+    finished = len(place.finished())
+    assert finished >= 1 and not place.out.exists()
+    assert not (place.built / "ctconvert.json").exists()
+    assert repack(place.model, place.out, resume=True).resumed_shards == finished
+    assert tree(place.out) == whole and place.is_clean
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "tmpfs"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_midway(
+    place: Place, whole: Whole, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There seemed to be space enough, and then somebody else took it."""
+    out = small_disk / "out"
+    usage = shutil.disk_usage(small_disk)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 40))
+        with pytest.raises(ConversionError, match=r"No space left on device.*--resume"):
+            repack(place.model, out)
+    assert not out.exists()
+    with pytest.raises(ConversionError, match="are free"):
+        repack(place.model, out, resume=True)
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    assert repack(place.model, out, resume=True).resumed_shards >= 1  # kept for this
+    assert tree(out) == whole
+
+
+def test_free_space_is_looked_at_before_anything_is_written(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(place.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=40_000))
+    executor = Inline()
+    with pytest.raises(ConversionError, match=r"out: the output needs .* GB and .* GB are free"):
+        repack(place.model, place.out, executor=executor)
+    assert executor.ran == [] and place.is_clean
+
+
+def test_every_read_may_fail(place: Place, whole: Whole) -> None:
+    """One line, nothing half-made under OUT, no file left open, and the next run goes on."""
+    watched = WatchedStore(LocalStore(place.model))
+    repack(watched, place.out)
+    total = len(watched.reads)
+    shutil.rmtree(place.out)
+    opened = faults.descriptors()
+    begun = 0
+    for at in range(1, total + 1):
+        store = WatchedStore(LocalStore(place.model), fail_at=at)
+        with pytest.raises(ConversionError, match=r"cannot read: Input/output error"):
+            repack(store, place.out, overwrite=True)
+        store.close()
+        begun += place.partial.exists()
+        assert not place.out.exists() and faults.descriptors() == opened
+    assert begun > 10
+    assert repack(place.model, place.out, resume=True).resumed_shards == 3
+    assert tree(place.out) == whole and place.is_clean
+
+
+# --- what a run holds on to ----------------------------------------------------------------------
+
+
+def test_no_file_stays_open(place: Place) -> None:
+    """A program that calls it in a loop must neither run out of files nor meet its own lock."""
+
+    def refused(action: Callable[[], object]) -> None:
+        with pytest.raises((UsageError, ConversionError, VerificationError)):
+            action()
+
+    back = place.folder / "converted"
+    for _ in range(2):  # what is opened once, is opened in the first turn
+        opened = faults.descriptors()
+        api.repack(place.model, place.out, target="triton", workers=2)
+        refused(lambda: api.repack(place.model, place.out, target="triton"))
+        refused(lambda: api.repack(place.model, place.out, target="cuda", resume=True))
+        api.repack(place.model, place.out, target="triton", resume=True)
+        api.verify(place.out, against=place.model)
+        api.restore(place.out, back, workers=2)
+        api.restore(place.out, back, resume=True)
+        refused(lambda: api.restore(back, place.folder / "again"))
+        api.inspect(place.model, target="triton")
+        api.plan(place.model, target="triton")
+        (place.out / "model.bin").write_text("")
+        refused(lambda: api.verify(place.out))
+        refused(lambda: api.repack(place.model, place.out, target="triton", overwrite=True))
+        (place.out / "model.bin").unlink()
+        with (place.out / "model.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x55")
+        refused(lambda: api.verify(place.out))
+        refused(lambda: api.restore(place.out, back, overwrite=True))
+        shutil.rmtree(place.out)
+        shutil.rmtree(back)
+    assert faults.descriptors() == opened
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["python", "device", "cpu"],
+)
+def test_out_of_memory_is_one_line(place: Place, error: Exception) -> None:
+    class Full(WatchedStore):
+        def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+            if len(buffer) == 64 * 16 * 4:  # the codes of a module
+                raise error
+            super().read_into(name, offset, buffer)
+
+    with pytest.raises(ConversionError, match=r"^model\.layers\.\d.*out of memory.*--workers$"):
+        repack(Full(LocalStore(place.model)), place.out)
+    assert not place.out.exists()
+
+
+def test_a_bug_is_not_taken_for_a_lack_of_memory(place: Place) -> None:
+    class Broken(WatchedStore):
+        def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+            if len(buffer) == 64 * 16 * 4:
+                raise RuntimeError("shape mismatch")
+            super().read_into(name, offset, buffer)
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        repack(Broken(LocalStore(place.model)), place.out, executor=Threads(2))
+    assert not place.out.exists()
+
+
+# --- interrupts ----------------------------------------------------------------------------------
+
+
+class Slow(WatchedStore):
+    """Every read takes a while, and says that it has begun."""
+
+    def __init__(self, inner: LocalStore, begun: threading.Event) -> None:
+        super().__init__(inner)
+        self.begun = begun
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            self.begun.set()
+            time.sleep(0.02)
+        super().read_into(name, offset, buffer)
+
+
+def test_ctrl_c_ends_a_run_soon(place: Place, whole: Whole) -> None:
+    """Its threads end with it, and what is finished stays."""
+    begun = threading.Event()
+    store = Slow(LocalStore(place.model), begun)
+
+    def interrupt() -> None:
+        begun.wait(30)
+        time.sleep(0.1)
+        interrupted.append(time.monotonic())
+        signal.raise_signal(signal.SIGINT)
+
+    interrupted: list[float] = []
+    other = threading.Thread(target=interrupt)
+    other.start()
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        repack(store, place.out, executor=Threads(2))
+    other.join()
+    assert time.monotonic() - interrupted[0] < 2
+    assert threading.active_count() < threads and not place.out.exists()
+    finished = len(place.finished())
+    assert repack(place.model, place.out, resume=True).resumed_shards == finished
+    assert tree(place.out) == whole and place.is_clean
+
+
+def test_waiting_for_memory_ends_when_the_run_does() -> None:
+    held = Budget(10)
+    ended: list[str] = []
+
+    def wait() -> None:
+        try:
+            with held.hold(6):
+                ended.append("held")
+        except CancelledError:
+            ended.append("cancelled")
+
+    with held.hold(6):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive() and ended == []
+        held.cancel()
+        thread.join(5)
+    assert ended == ["cancelled"]
+
+
+def test_what_is_larger_than_the_budget_is_let_through_alone() -> None:
+    budget = Budget(10)
+    order: list[str] = []
+    with budget.hold(25):
+        thread = threading.Thread(target=lambda: _note(budget, 1, order))
+        thread.start()
+        thread.join(0.05)
+        order.append("large")
+    thread.join(5)
+    assert order == ["large", "small"]
+
+
+def _note(budget: Budget, count: int, order: list[str]) -> None:
+    with budget.hold(count):
+        order.append("small")
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def write_sparse_model(folder: Path, modules: int, n: int, k: int, plain: int = 4096) -> Path:
+    """A checkpoint that takes next to no disk: codes and scales are zeros, in holes of the file."""
+    header: dict[str, object] = {}
+    position = 0
+    shapes = []
+
+    def add(name: str, dtype: str, shape: list[int], nbytes: int) -> int:
+        nonlocal position
+        start, position = position, position + nbytes
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, position]}
+        return start
+
+    for index in range(modules):
+        name = module_name(index)
+        shapes.append(add(f"{name}.weight_shape", "I64", [2], 16))
+        add(f"{name}.weight_packed", "I32", [n, k // 8], n * k // 2)
+        add(f"{name}.weight_scale", "BF16", [n, k // 32], n * k // 16)
+    add("model.norm.weight", "F32", [plain // 4], plain)
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        for offset in shapes:
+            file.seek(start + offset)
+            file.write(struct.pack("<qq", n, k))
+        file.truncate(start + position)
+    write_json(folder / "config.json", config())
+    return folder
+
+
+def peak_of(action: Callable[[], object]) -> int:
+    """The most memory of its own that a child process has while it does something."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            action()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    rollup = Path(f"/proc/{child}/smaps_rollup")
+    first = peak = samples = 0
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            break
+        try:
+            text = rollup.read_text()
+        except OSError:
+            continue
+        own = sum(int(size) for size in re.findall(r"Private_Dirty:\s+(\d+) kB", text)) * 1024
+        first = first or own
+        peak = max(peak, own)
+        samples += 1
+        time.sleep(0.005)
+    assert status == 0 and samples > 5
+    return peak - first
+
+
+needs_smaps = pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="needs smaps_rollup"
+)
+#: Memory that a run takes whatever it converts: threads, pieces of files, pages copied by a fork.
+BASE = 24 * MIB
+
+
+@needs_smaps
+def test_a_run_holds_the_modules_in_flight_and_no_more(place: Place) -> None:
+    """However many modules there are, and however large what is copied."""
+    model = write_sparse_model(place.folder / "big", 24, 1024, 4096, plain=48 * MIB)
+    (item, *_) = plan_of(LocalStore(model)).modules
+    total = sum(module.input_bytes for module in plan_of(LocalStore(model)).modules)
+    allowed = BASE + 2 * item_bytes(item)
+    assert total > 1.2 * allowed
+    peak = peak_of(lambda: repack(model, place.out, executor=Threads(2), verify=True))
+    assert item.input_bytes < peak < allowed
+    back = place.folder / "converted"
+    peak = peak_of(lambda: restore(place.out, back, executor=Threads(2)))
+    assert item.input_bytes < peak < BASE + 2 * item_bytes(item) * 2
+    peak = peak_of(lambda: api.verify(place.out, against=model, workers=2))
+    assert peak < BASE + 2 * comparison_bytes(item)
+
+
+@needs_smaps
+def test_a_module_takes_no_more_than_is_reserved_for_it(place: Place) -> None:
+    """What the budget of a run counts with is what a module really takes."""
+    model = write_sparse_model(place.folder / "big", 1, 4096, 4096)
+    source = LocalStore(model)
+    repack(model, place.out)
+    made = Output.open(place.out)
+    (convert,) = made.plan.modules
+    restored = place.folder / "converted"
+    restore(place.out, restored)
+    (back,) = (item for item in Output.open(restored).plan.items if hasattr(item, "modules"))
+    sink = _Nowhere()
+    for job, context, reserved in (
+        (ConvertJob(convert), Context(source, sink), item_bytes(convert)),
+        (RestoreJob(back), Context(made.store, sink), item_bytes(back)),
+        (CompareJob(convert), Context(made.store, against=source), comparison_bytes(convert)),
+    ):
+        peak = peak_of(lambda job=job, context=context: job.run(context))
+        assert convert.input_bytes < peak < reserved + 8 * MIB, job
+
+
+class _Nowhere:
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        pass
+
+
+def test_jobs_reserve_what_they_take(place: Place) -> None:
+    """With room for one module at a time, eight threads never work on two."""
+    plan = plan_of(LocalStore(place.model))
+    assert budget(plan) > max(item_bytes(item) for item in plan.items)
+    (size,) = {item_bytes(module) for module in plan.modules}
+    at_once = 0
+    most: list[int] = []
+
+    class Store(WatchedStore):
+        """Jobs read while they hold their bytes."""
+
+        def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+            nonlocal at_once
+            at_once += 1
+            most.append(at_once)
+            time.sleep(0.001)
+            super().read_into(name, offset, buffer)
+            at_once -= 1
+
+    jobs = [ConvertJob(item) for item in plan.modules]
+    for memory, threads in ((2 * size - 1, 1), (8 * size, 4)):
+        most.clear()
+        context = Context(Store(LocalStore(place.model)), _Nowhere(), memory=memory)
+        assert len(list(Threads(4).run(jobs, context))) == len(jobs)
+        assert max(most) == threads
+
+
+def test_a_large_side_file_is_copied_in_pieces(place: Place) -> None:
+    with (place.model / "video.mp4").open("wb") as file:
+        file.truncate(3 * CHUNK + 5)
+    store = WatchedStore(LocalStore(place.model))
+    repack(store, place.out)
+    assert (place.out / "video.mp4").stat().st_size == 3 * CHUNK + 5
+    assert max(length for _, _, length in store.reads) == CHUNK
