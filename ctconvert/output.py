@@ -8,7 +8,7 @@ from pathlib import Path
 from ctconvert.errors import UsageError, VerificationError
 from ctconvert.records import FileRecord, Manifest
 from ctconvert.store.base import Store
-from ctconvert.store.checkpoint import MANIFEST
+from ctconvert.store.checkpoint import MANIFEST, OTHER_WEIGHTS
 from ctconvert.store.hub import home_path
 from ctconvert.store.local import LocalStore
 
@@ -87,4 +87,4 @@ def strays(store: Store, manifest: Manifest) -> list[str]:
 
 
 def _is_tolerated(name: str) -> bool:
-    return "/" not in name and name.startswith(_TOLERATED)
+    return "/" not in name and name.startswith(_TOLERATED) and not name.endswith(OTHER_WEIGHTS)

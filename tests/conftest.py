@@ -13,6 +13,7 @@ __all__ = ["CHECKPOINTS", "EXAMPLE", "GPU", "ROOT"]
 GPU = torch.cuda.is_available()
 if not GPU:  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+torch.set_num_threads(1)  # tensors are small: a second thread costs more than it gives
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,6 +22,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
-
-
-torch.set_num_threads(1)

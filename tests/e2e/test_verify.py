@@ -139,7 +139,13 @@ def test_a_missing_or_cut_manifest_fails(converted: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model-00009-of-00009.safetensors", "adapter.safetensors", "notes.txt"]
+    "name",
+    [
+        "model-00009-of-00009.safetensors",
+        "adapter.safetensors",
+        "LICENSE-adapter.safetensors",
+        "notes.txt",
+    ],
 )
 def test_a_stray_file_fails(converted: Path, name: str) -> None:
     save_file({"x": torch.zeros(2)}, converted / name)
