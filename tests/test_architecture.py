@@ -58,7 +58,6 @@ TO_BE_SPLIT = {
     "ctconvert.transforms.marlin",
     "ctconvert.transforms.packed",
     "ctconvert.transforms.sparse24",
-    "ctconvert.work.staging",
 }
 
 

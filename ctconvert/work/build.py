@@ -31,6 +31,7 @@ from ctconvert.records import (
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import CONFIG, INDEX, MANIFEST
 from ctconvert.store.local import LocalStore
+from ctconvert.store.places import check_place, recover
 from ctconvert.store.writer import LocalSink
 from ctconvert.version import __version__
 from ctconvert.work.executors import Executor
@@ -38,9 +39,7 @@ from ctconvert.work.jobs import Context, CopyJob, HashJob, Job
 from ctconvert.work.staging import (
     Identity,
     Staging,
-    check_place,
     discard_leftovers,
-    recover,
     unfinished_run,
 )
 from ctconvert.work.verify import verify_output

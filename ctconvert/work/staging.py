@@ -5,29 +5,36 @@ finished, so that ``--resume`` can take them over. The journal is made first and
 directory without it is not ours, and is left alone. At the very end the checkpoint is renamed to
 OUT, or exchanged with what stands there in one step, so that OUT is at every moment what it was or
 the complete new checkpoint. Where the system cannot exchange directories, OUT is moved aside first;
-whatever runs next after a kill between the two renames brings it back (:func:`recover`).
+whoever opens it after a kill between the two renames brings it back.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
 import shutil
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
 from ctconvert.errors import ConversionError, UsageError
-from ctconvert.store.checkpoint import MANIFEST
-from ctconvert.store.local import LocalStore
+from ctconvert.store.places import (
+    OLD,
+    check_replaceable,
+    exchange,
+    in_use,
+    is_empty,
+    locked,
+    partial_of,
+    recover,
+    remove,
+)
 from ctconvert.store.writer import LocalSink, cannot_write, fsync_directory
 
-_CHECKPOINT, _JOURNAL, _OLD = "checkpoint", "journal.jsonl", "old"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_CHECKPOINT, _JOURNAL = "checkpoint", "journal.jsonl"
 
 
 class Identity(Struct, frozen=True):
@@ -130,7 +137,7 @@ class Staging:
         """What an unfinished run began with, where it may be continued or cleared away."""
         first = unfinished_run(self.out)
         unfinished = self._journal.exists()
-        if self.root.exists() and not (self.root.is_dir() and (unfinished or _is_empty(self.root))):
+        if self.root.exists() and not (self.root.is_dir() and (unfinished or is_empty(self.root))):
             raise UsageError(
                 f"{self.root} is in the way, and it is no unfinished conversion; move it or choose "
                 "another place"
@@ -190,7 +197,7 @@ class Staging:
         try:
             for path in self.folder.iterdir():
                 if path.name not in names:
-                    _remove(path)
+                    remove(path)
         except OSError as error:
             raise cannot_write(self.folder, error) from None
         self.shards = {name: found for name, found in self.shards.items() if name in names}
@@ -284,8 +291,8 @@ class Staging:
 
     def _replace_in_two_steps(self) -> None:
         """Moves OUT aside first; where the second step fails, it is brought back."""
-        old = self.root / _OLD
-        _remove(old)
+        old = self.root / OLD
+        remove(old)
         self.out.rename(old)
         try:
             self.folder.rename(self.out)
@@ -294,8 +301,8 @@ class Staging:
                 old.rename(self.out)
 
     def _clear(self) -> None:
-        for name in (_CHECKPOINT, _OLD, _JOURNAL):
-            _remove(self.root / name)
+        for name in (_CHECKPOINT, OLD, _JOURNAL):
+            remove(self.root / name)
 
     def discard(self) -> None:
         """Removes the partial output."""
@@ -309,11 +316,6 @@ class Staging:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def partial_of(out: Path) -> Path:
-    """Where the output of that name is built."""
-    return out.with_name(out.name + ".partial")
 
 
 def unfinished_run(out: Path) -> Begin | None:
@@ -346,59 +348,6 @@ def read_journal(path: Path, mend: bool = False) -> list[Begin | ShardDone | Sou
     return found
 
 
-def exchange(a: Path, b: Path) -> bool:
-    """Exchanges two directories in one step; False where the system cannot.
-
-    Raises:
-        OSError: it can, and refuses these.
-    """
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-        return False
-    raise OSError(number, os.strerror(number), str(b))
-
-
-def recover(out: Path) -> None:
-    """Brings back an output that a kill between two renames has left aside.
-
-    Raises:
-        ConversionError: it is there and cannot be moved.
-    """
-    old = partial_of(out) / _OLD
-    if not os.path.lexists(old) or in_use(out):
-        return
-    with _locked(partial_of(out)) as free:
-        if free and os.path.lexists(old) and not in_use(out):
-            try:
-                old.rename(out)
-                fsync_directory(out.parent)
-            except OSError as error:
-                raise cannot_write(out, error) from None
-
-
-class _locked:  # noqa: N801 (used as a function)
-    """Holds the lock of a partial output; False where another run does."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def __enter__(self) -> bool:
-        self._descriptor = os.open(self._root, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def __exit__(self, *exc: object) -> None:
-        os.close(self._descriptor)
-
-
 def discard_leftovers(out: Path, options: str) -> None:
     """Removes what a killed run of the same options has left beside a complete OUT.
 
@@ -407,7 +356,7 @@ def discard_leftovers(out: Path, options: str) -> None:
     root = partial_of(out)
     if not root.is_dir():
         return
-    with _locked(root) as free:
+    with locked(root) as free:
         begun = unfinished_run(out)
         if begun is None:  # killed before it had begun, or at the very end
             ours = {path.name for path in root.iterdir()} <= {_JOURNAL}
@@ -416,123 +365,6 @@ def discard_leftovers(out: Path, options: str) -> None:
         if not free or not ours:
             return
         with suppress(OSError):
-            for name in (_CHECKPOINT, _OLD, _JOURNAL):
-                _remove(root / name)
+            for name in (_CHECKPOINT, OLD, _JOURNAL):
+                remove(root / name)
             root.rmdir()
-
-
-def check_replaceable(out: Path) -> None:
-    """Refuses to replace what ctconvert has not made.
-
-    Raises:
-        UsageError: it has no sound manifest, or it holds files that are not in it.
-    """
-    if not out.is_dir() or out.is_symlink():
-        raise UsageError(f"{out} is no directory; only a checkpoint of ctconvert's is replaced")
-    with closing(LocalStore(out)) as store:
-        if MANIFEST not in store.sizes():
-            raise UsageError(
-                f"{out} has no {MANIFEST}, so ctconvert did not make it, and it is not replaced; "
-                "remove it yourself or choose another place"
-            )
-        files = replaceable_files(store)
-    if files is None:
-        raise UsageError(
-            f"{out / MANIFEST} is damaged, so what ctconvert made is not known, and it is not "
-            "replaced; remove it yourself or choose another place"
-        )
-    known = {MANIFEST, *files}
-    for folder, subfolders, names in os.walk(out):
-        at = Path(folder)
-        links = [name for name in subfolders if (at / name).is_symlink()]
-        for name in [*names, *links]:
-            found = (at / name).relative_to(out).as_posix()
-            if found not in known:
-                raise UsageError(
-                    f"{out} holds {found}, which ctconvert did not make and --overwrite would "
-                    "remove; move it or choose another place"
-                )
-
-
-class _AnyManifest(Struct):
-    """What every version of the manifest holds."""
-
-    class _Tool(Struct):
-        name: str
-
-    tool: _Tool
-    files: dict[str, msgspec.Raw] | list[msgspec.Raw]
-
-
-class _Named(Struct):
-    name: str
-
-
-def replaceable_files(store: LocalStore) -> list[str] | None:
-    """The files that a manifest of any version lists; None where it is none of ctconvert's."""
-    try:
-        found = msgspec.json.decode(store.read(MANIFEST), type=_AnyManifest)
-        if found.tool.name != "ctconvert":
-            return None
-        if isinstance(found.files, dict):
-            return list(found.files)
-        return [msgspec.json.decode(item, type=_Named).name for item in found.files]
-    except (ValueError, RecursionError):
-        return None
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
-def in_use(path: Path) -> bool:
-    """Whether something other than an empty directory stands there."""
-    return os.path.lexists(path) and not (_is_empty(path) and not path.is_symlink())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def check_place(source: Path | None, out: Path) -> Path:
-    """Where an output may be made.
-
-    Args:
-        source: the directory it is made of, where it is one.
-        out: the directory the user named.
-
-    Returns:
-        the directory to make: what a link leads to, since the partial output lies beside it.
-
-    Raises:
-        UsageError: it is the source, inside or around it, or the current directory.
-    """
-    if out.is_symlink() or out.name in ("", ".."):
-        out = out.resolve()
-    if source is not None:
-        check_apart(source, out)
-        check_apart(source, partial_of(out))
-    current = Path.cwd().resolve()
-    if out.resolve() in (current, *current.parents):
-        raise UsageError(
-            f"{out} is the current directory or holds it, and cannot be replaced; name another"
-        )
-    return out
-
-
-def check_apart(source: Path, out: Path) -> None:
-    """Refuses an output equal to, inside or around the source.
-
-    Raises:
-        UsageError: it is.
-    """
-    real_source, real_out = source.resolve(), out.resolve()
-    if real_source == real_out:
-        raise UsageError(f"{out}: the output is the source itself; choose another directory")
-    if real_source in real_out.parents:
-        raise UsageError(f"{out}: the output lies inside the source {source}; choose another place")
-    if real_out in real_source.parents:
-        raise UsageError(f"{out}: the source {source} lies inside the output; choose another place")

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders import (
+from safetensors.torch import load_file
+from support.builders import (
     DYNAMIC_INT8,
     config_of,
     group_config,
@@ -22,7 +23,6 @@ from builders import (
     weight_args,
     write_checkpoint,
 )
-from safetensors.torch import load_file
 from support.executors import Inline
 from support.folders import quick_folder
 from support.plans import Wanted, hand_made, supporting
