@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs, weight_only
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
+from ctconvert.transforms.shapes import marlin_padded_shape
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,6 @@ GROUP_SIZES = (32, 64, 128)
 
 def padded_shape(n: int, k: int) -> tuple[int, int]:
     """The smallest N x K that the kernel's tiles fit: (64, 128) or (128, 64) at a time."""
-    from ctconvert.transforms.marlin import marlin_padded_shape
-
     return marlin_padded_shape(n, k)
 
 
