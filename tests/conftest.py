@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,3 +23,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """What torch allocates is filled, integers with their greatest value: unwritten bytes show."""
+    torch.use_deterministic_algorithms(True)
+    assert (torch.empty(8, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The path that transforms of CPU tensors take: torch's, or the kernels, interpreted."""
+    if request.param == "triton":
+        if GPU:
+            pytest.skip("the kernels are compiled here")
+        from ctconvert.transforms import dispatch
+
+        monkeypatch.setattr(dispatch, "has_kernels", lambda tensor: True)
+    return request.param

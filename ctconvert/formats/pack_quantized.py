@@ -31,6 +31,7 @@ from ctconvert.formats.base import (
 )
 from ctconvert.formats.quantization import ModuleScheme
 from ctconvert.specs import Packing, QuantizedWeight, WeightSpec
+from ctconvert.transforms.shapes import row_words
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,6 @@ DENSE_SINCE = (0, 18)
 
 
 def _packing(tensors: ModuleTensors, words: int, k: int, bits: int) -> Packing:
-    from ctconvert.transforms.packed import row_words
-
     both: tuple[Packing, Packing] = ("dense", "padded")
     fits = [name for name in both if row_words(k, bits, name) == words]
     if not fits:
@@ -77,8 +76,6 @@ class PackQuantized(Format):
     weight_name = "weight_packed"
 
     def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:
-        from ctconvert.transforms.packed import row_words
-
         fields = storage_of(scheme, tensors)
         bits = fields["bits"]
         if fields["kind"] != "int" or not 1 <= bits <= 8:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 
-from ctconvert.transforms import marlin, packed
+from ctconvert.transforms import threads
 from ctconvert.transforms.marlin import (
+    cpu,
     marlin_pack,
     marlin_pack_zero_points,
     marlin_padded_shape,
@@ -28,24 +28,13 @@ from ctconvert.transforms.marlin import (
     unsort_columns,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 SIZES = ((64, 128), (128, 256))  # N, K of the golden vectors
 INTERLEAVE = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
 GROUPED = [i + 8 * j for i in range(8) for j in range(8)]
 CHANNELWISE = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
 
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"
-)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs() -> Iterator[None]:
-    """Uninitialised tensors are filled (integers with their greatest value)."""
-    torch.use_deterministic_algorithms(True)
-    assert (torch.empty(8, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def random_words(n: int, k: int, bits: int, seed: int = 0) -> torch.Tensor:
@@ -117,7 +106,7 @@ def indexed_pack(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_golden_repack(bits: int, n: int, k: int) -> None:
+def test_golden_repack(path: str, bits: int, n: int, k: int) -> None:
     golden = load_file(GOLDEN / "marlin_repack.safetensors")
     words = golden[f"marlin_repack.w{bits}.K{k}.N{n}.in"].t().contiguous()
     tiles = golden[f"marlin_repack.w{bits}.K{k}.N{n}.out"]
@@ -125,7 +114,7 @@ def test_golden_repack(bits: int, n: int, k: int) -> None:
     assert torch.equal(marlin_unpack(tiles, bits, n, k), words)
 
 
-def test_golden_mxfp4() -> None:
+def test_golden_mxfp4(path: str) -> None:
     golden = load_file(GOLDEN / "marlin_mxfp4.safetensors")
     words = golden["mxfp4_marlin.weight_packed"].view(torch.int32)
     tiles = golden["mxfp4_marlin.out_weight"]
@@ -138,8 +127,8 @@ def test_golden_mxfp4() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("n", "k"), [(64, 16), (64, 80), (192, 32), (128, 144)])
-def test_pack_is_the_definition(bits: int, n: int, k: int) -> None:
+@pytest.mark.parametrize(("n", "k"), [(64, 16), (192, 80)])
+def test_pack_is_the_definition(path: str, bits: int, n: int, k: int) -> None:
     words = random_words(n, k, bits)
     tiles = naive_pack(words, bits)
     assert torch.equal(indexed_pack(words, bits), tiles)
@@ -151,14 +140,17 @@ def test_pack_is_the_definition(bits: int, n: int, k: int) -> None:
 @pytest.mark.parametrize(
     ("n", "k"),
     [
-        (64 * 19, 16 * 300),  # partial blocks both ways
-        (64 * 70, 16),  # one K tile: blocks of the greatest height
-        (64, 16 * 700),  # one run
-        (64 * 33, 16 * 50),
-        (2048, 8192),  # enough bytes for threads
+        (64 * 5, 16 * 300),  # partial blocks both ways
+        (64 * 19, 16),  # one K tile: blocks of the greatest height
+        (64, 16 * 500),  # one run
     ],
 )
-def test_blocks_of_every_size(bits: int, n: int, k: int) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_blocks_of_every_size(
+    monkeypatch: pytest.MonkeyPatch, workers: int, bits: int, n: int, k: int
+) -> None:
+    monkeypatch.setattr(threads, "THREADED_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: workers)
     words = random_words(n, k, bits)
     tiles = indexed_pack(words, bits)
     assert torch.equal(marlin_pack(words, bits), tiles)
@@ -166,25 +158,25 @@ def test_blocks_of_every_size(bits: int, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("tiles", [1, 30, 256, 512, 730, 896, 3328])
+@pytest.mark.parametrize("tiles", [1, 30, 256, 730, 896])
 def test_no_op_wakes_other_threads(monkeypatch: pytest.MonkeyPatch, bits: int, tiles: int) -> None:
     """Torch spreads an op of more than 32768 elements over threads; the blocks stay under it."""
     sizes = set()
 
-    class Recorded(marlin._Block):
+    class Recorded(cpu._Block):
         def __init__(self, bits: int, runs: int, tiles: int) -> None:
             super().__init__(bits, runs, tiles)
             sizes.add(self.steps[0][-1].numel())
             sizes.update(self.columns[chunk].numel() for chunk in self.chunks)
 
-    monkeypatch.setattr(marlin, "_Block", Recorded)
+    monkeypatch.setattr(cpu, "_Block", Recorded)
     marlin_pack(torch.zeros((64 * 19, tiles * bits // 2), dtype=torch.int32), bits)
-    assert 0 < max(sizes) <= 32768
+    assert 0 < max(sizes) <= threads.GRAIN == 32768
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_several_threads_at_once(bits: int) -> None:
-    words = [random_words(64 * (5 + i), 16 * (70 + i), bits, seed=i) for i in range(6)]
+    words = [random_words(64 * (2 + i), 16 * (70 + i), bits, seed=i) for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
         packed = list(pool.map(lambda w: marlin_pack(w, bits), words))
     for source, tiles in zip(words, packed, strict=True):
@@ -192,7 +184,7 @@ def test_several_threads_at_once(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_any_view_of_memory(bits: int) -> None:
+def test_any_view_of_memory(path: str, bits: int) -> None:
     n, k = 128, 64
     words = random_words(n, k, bits)
     tiles = naive_pack(words, bits)
@@ -203,10 +195,13 @@ def test_any_view_of_memory(bits: int) -> None:
     odd = torch.zeros(tiles.numel() + 1, dtype=torch.int32)[1:].view(tiles.shape).copy_(tiles)
     assert torch.equal(marlin_unpack(odd, bits, n, k), words)
     assert torch.equal(marlin_unpack(tiles.t().contiguous().t(), bits, n, k), words)
+    # One row of tiles whose stride no view of 64-bit units could have.
+    single = torch.zeros((2, n * bits // 2 + 1), dtype=torch.int32)[:1, :-1].copy_(tiles[:1])
+    assert torch.equal(marlin_unpack(single, bits, n, 16), words[:, : bits // 2])
 
 
 @pytest.mark.parametrize(("n", "k"), [(0, 64), (64, 0)])
-def test_empty_weights(n: int, k: int) -> None:
+def test_empty_weights(path: str, n: int, k: int) -> None:
     tiles = marlin_pack(torch.empty((n, k // 8), dtype=torch.int32), 4)
     assert tiles.shape == (k // 16, n * 2)
     assert marlin_unpack(tiles, 4, n, k).shape == (n, k // 8)
@@ -253,17 +248,9 @@ def gathered(rows: list[list[int]], order: list[int] | tuple[int, ...]) -> list[
 
 @pytest.mark.parametrize("channelwise", [False, True])
 @pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-        torch.uint8,
-        torch.float8_e4m3fn,
-        torch.float8_e8m0fnu,
-    ],
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e8m0fnu]
 )
-def test_scales(dtype: torch.dtype, channelwise: bool) -> None:
+def test_scales(path: str, dtype: torch.dtype, channelwise: bool) -> None:
     groups, n = (1, 192) if channelwise else (5, 192)
     generator = torch.Generator().manual_seed(1)
     raw = torch.randint(0, 256, (groups, n, dtype.itemsize), generator=generator).to(torch.uint8)
@@ -279,14 +266,15 @@ def test_scales(dtype: torch.dtype, channelwise: bool) -> None:
     assert torch.equal(back.view(torch.uint8).view(raw.shape), raw)
 
 
-def test_scales_from_a_transposed_view() -> None:
+def test_scales_from_a_transposed_view(path: str) -> None:
     scales = torch.randn(192, 3)
     expected = marlin_permute_scales(scales.t().contiguous(), channelwise=False)
     assert torch.equal(marlin_permute_scales(scales.t(), channelwise=False), expected)
 
 
-def test_mxfp4_scales() -> None:
-    scales = torch.randint(0, 256, (3, 192), generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize("n", [192, 64 * 67])  # one program of the kernel, and no whole ones
+def test_mxfp4_scales(path: str, n: int) -> None:
+    scales = torch.randint(0, 256, (3, n), generator=torch.Generator().manual_seed(2))
     expected = gathered(gathered(scales.tolist(), GROUPED), (0, 2, 1, 3))
     scales = scales.to(torch.uint8)
     permuted = marlin_permute_mxfp4_scales(scales)
@@ -312,18 +300,18 @@ def test_scales_refused() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("groups", [1, 5])
-def test_zero_points(bits: int, groups: int) -> None:
+@pytest.mark.parametrize(("groups", "n"), [(1, 192), (5, 192), (3, 64 * 67)])
+def test_zero_points(path: str, bits: int, groups: int, n: int) -> None:
     """With one group too the order is that of 64, not the channel-wise scales' of 32."""
     generator = torch.Generator().manual_seed(bits)
-    codes = torch.randint(0, 1 << bits, (groups, 192), generator=generator)
+    codes = torch.randint(0, 1 << bits, (groups, n), generator=generator)
     rows = gathered(gathered(codes.tolist(), GROUPED), INTERLEAVE[bits])
     packed = marlin_pack_zero_points(codes.to(torch.uint8), bits)
     assert torch.equal(packed, words_of(rows, bits))
     assert torch.equal(marlin_unpack_zero_points(packed, bits), codes.to(torch.uint8))
 
 
-def test_zero_points_pinned() -> None:
+def test_zero_points_pinned(path: str) -> None:
     """Word 0 of a row: columns 0, 16, 32, 48, 8, 24, 40, 56, lowest bits first."""
     codes = torch.zeros((1, 64), dtype=torch.uint8)
     for code, column in enumerate((0, 16, 32, 48, 8, 24, 40, 56)):
@@ -331,15 +319,18 @@ def test_zero_points_pinned() -> None:
     assert marlin_pack_zero_points(codes, 4)[0].tolist() == [0x76543210] + [0] * 7
 
 
-def test_zero_points_refused() -> None:
+def test_zero_points_refused(path: str) -> None:
     with pytest.raises(ValueError, match="multiple of 64"):
         marlin_pack_zero_points(torch.zeros((1, 32), dtype=torch.uint8), 4)
     with pytest.raises(ValueError, match=r"torch\.uint8"):
         marlin_pack_zero_points(torch.zeros((1, 64), dtype=torch.int8), 4)
     with pytest.raises(ValueError, match="bits must be 4 or 8"):
         marlin_pack_zero_points(torch.zeros((1, 64), dtype=torch.uint8), 2)
-    with pytest.raises(ValueError, match="16"):
-        marlin_pack_zero_points(torch.full((1, 64), 16, dtype=torch.uint8), 4)
+    for column in (0, 63, 127):
+        codes = torch.zeros((2, 128), dtype=torch.uint8)
+        codes[1, column] = 16
+        with pytest.raises(ValueError, match=r"row 1, column \d+: 16 is outside"):
+            marlin_pack_zero_points(codes, 4)
     with pytest.raises(ValueError, match="multiple of 64"):
         marlin_unpack_zero_points(torch.zeros((1, 4), dtype=torch.int32), 4)
 
@@ -354,9 +345,13 @@ def act_order(k: int, groups: int) -> list[int]:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("n", "k"), [(5, 40), (3, 8), (17, 104)])
-def test_sort_columns(monkeypatch: pytest.MonkeyPatch, bits: int, n: int, k: int) -> None:
-    monkeypatch.setattr(marlin, "_SORT_CODES", 3 * k)  # blocks of three rows
+@pytest.mark.parametrize(("n", "k"), [(1, 8), (17, 104)])
+def test_sort_columns(
+    monkeypatch: pytest.MonkeyPatch, path: str, bits: int, n: int, k: int
+) -> None:
+    monkeypatch.setattr(cpu, "_SORT_CODES", 3 * k)  # blocks of three rows
+    monkeypatch.setattr(cpu, "GRAIN", 2 * k)
+    monkeypatch.setattr(threads, "THREADED_BYTES", 1)
     words, g_idx = random_words(n, k, bits), act_order(k, 4)
     order = sorted(range(k), key=lambda column: (g_idx[column], column))
     expected = words_of([[row[column] for column in order] for row in codes_of(words, bits)], bits)
@@ -408,12 +403,14 @@ def test_padded_shape_is_the_smallest() -> None:
         marlin_padded_shape(0, 64)
 
 
-@pytest.mark.parametrize(("bits", "fill"), [(4, 0), (4, 8), (4, 15), (8, 0), (8, 128), (8, 255)])
+@pytest.mark.parametrize(("bits", "fill"), [(4, 0), (4, 9), (4, 15), (8, 128), (8, 255)])
 @pytest.mark.parametrize(
     ("n", "k", "n_padded", "k_padded"),
-    [(70, 80, 128, 128), (3, 77, 5, 104), (7, 79, 7, 80), (6, 64, 6, 64), (6, 64, 8, 64)],
+    [(70, 80, 128, 128), (3, 77, 5, 104), (7, 79, 7, 80), (6, 64, 6, 64)],
 )
-def test_pad_words(bits: int, fill: int, n: int, k: int, n_padded: int, k_padded: int) -> None:
+def test_pad_words(
+    path: str, bits: int, fill: int, n: int, k: int, n_padded: int, k_padded: int
+) -> None:
     words = random_words(n, k, bits)  # the last word's unused codes hold anything
     codes = [row[:k] + [fill] * (k_padded - k) for row in codes_of(words, bits)]
     codes += [[fill] * k_padded] * (n_padded - n)
@@ -442,32 +439,20 @@ def test_pad_words_refuses() -> None:
 # ------------------------------------------------------------------------------ the kernels
 
 
-@interpreted
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("n", "k"), [(64, 16), (128, 272), (192, 160)])
-def test_kernels_interpreted(bits: int, n: int, k: int) -> None:
-    kernels = pytest.importorskip("ctconvert.transforms.marlin_triton")
+@pytest.mark.parametrize("path", ["triton"], indirect=True)
+@pytest.mark.parametrize(("bits", "n", "k"), [(4, 128, 528), (8, 128, 272)])
+def test_weights_of_several_programs(path: str, bits: int, n: int, k: int) -> None:
     words = random_words(n, k, bits)
     tiles = indexed_pack(words, bits)
-    assert torch.equal(kernels.marlin_pack_triton(words, bits), tiles)
-    assert torch.equal(kernels.marlin_unpack_triton(tiles, bits, n, k), words)
+    assert torch.equal(marlin_pack(words, bits), tiles)
+    assert torch.equal(marlin_unpack(tiles, bits, n, k), words)
 
 
-@interpreted
+@pytest.mark.parametrize("path", ["triton"], indirect=True)
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("n", "k"), [(1, 8), (6, 104)])
-def test_column_kernel_interpreted(bits: int, n: int, k: int) -> None:
-    kernels = pytest.importorskip("ctconvert.transforms.marlin_triton")
-    words = random_words(n, k, bits)
-    perm = torch.randperm(k, generator=torch.Generator().manual_seed(3), dtype=torch.int32)
-    codes = [[row[column] for column in perm.tolist()] for row in codes_of(words, bits)]
-    assert torch.equal(kernels.take_columns_triton(words, perm, bits), words_of(codes, bits))
+def test_columns_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, path: str, bits: int) -> None:
+    from ctconvert.transforms.marlin import triton as kernels
 
-
-@interpreted
-@pytest.mark.parametrize("bits", [4, 8])
-def test_column_kernel_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
-    kernels = pytest.importorskip("ctconvert.transforms.marlin_triton")
     monkeypatch.setattr(kernels, "_SCRATCH_BYTES", 1)  # 128 rows a block
     words = random_words(131, 40, bits)
     perm = torch.randperm(40, generator=torch.Generator().manual_seed(3), dtype=torch.int32)
@@ -475,72 +460,7 @@ def test_column_kernel_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, bits: 
     assert torch.equal(kernels.take_columns_triton(words, perm, bits), words_of(codes, bits))
 
 
-@pytest.fixture
-def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of an accelerator, on the CPU."""
-    monkeypatch.setattr(marlin, "_has_kernels", lambda tensor: True)
-    monkeypatch.setattr(packed, "_has_kernels", lambda tensor: True)
-
-
-@interpreted
-@pytest.mark.usefixtures("on_kernels")
-@pytest.mark.parametrize("channelwise", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-def test_scale_kernel_interpreted(dtype: torch.dtype, channelwise: bool) -> None:
-    test_scales(dtype, channelwise)
-    test_scales_from_a_transposed_view()
-
-
-@interpreted
-@pytest.mark.usefixtures("on_kernels")
-def test_mxfp4_scale_kernel_interpreted() -> None:
-    test_mxfp4_scales()
-    scales = torch.randint(0, 256, (3, 64 * 67), generator=torch.Generator().manual_seed(2))
-    expected = gathered(gathered(scales.tolist(), GROUPED), (0, 2, 1, 3))  # no whole programs
-    assert marlin_permute_mxfp4_scales(scales.to(torch.uint8)).tolist() == expected
-
-
-@interpreted
-@pytest.mark.usefixtures("on_kernels")
-@pytest.mark.parametrize("bits", [4, 8])
-def test_zero_point_kernels_interpreted(bits: int) -> None:
-    test_zero_points(bits, 1)
-    test_zero_points(bits, 5)
-    codes = torch.randint(
-        0, 1 << bits, (3, 64 * 67), generator=torch.Generator().manual_seed(bits)
-    ).to(torch.uint8)
-    rows = gathered(gathered(codes.tolist(), GROUPED), INTERLEAVE[bits])
-    words = marlin_pack_zero_points(codes, bits)
-    assert torch.equal(words, words_of(rows, bits))
-    assert torch.equal(marlin_unpack_zero_points(words, bits), codes)
-
-
-@interpreted
-@pytest.mark.usefixtures("on_kernels")
-def test_zero_point_kernel_refuses() -> None:
-    test_zero_points_pinned()
-    test_zero_points_refused()
-    for column in (0, 63, 127):
-        codes = torch.zeros((2, 128), dtype=torch.uint8)
-        codes[1, column] = 16
-        with pytest.raises(ValueError, match=r"row 1, column \d+: 16 is outside"):
-            marlin_pack_zero_points(codes, 4)
-
-
-@interpreted
-@pytest.mark.usefixtures("on_kernels")
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    ("n", "k", "n_padded", "k_padded"), [(70, 80, 128, 128), (3, 77, 5, 104), (6, 64, 6, 64)]
-)
-def test_pad_kernel_interpreted(bits: int, n: int, k: int, n_padded: int, k_padded: int) -> None:
-    for fill in (0, 9, (1 << bits) - 1):
-        test_pad_words(bits, fill, n, k, n_padded, k_padded)
-
-
-@interpreted
-@pytest.mark.usefixtures("on_kernels")
-def test_kernels_of_nothing() -> None:
+def test_nothing(path: str) -> None:
     assert marlin_permute_scales(torch.zeros((0, 64)), channelwise=False).shape == (0, 64)
     zeros = marlin_pack_zero_points(torch.zeros((3, 0), dtype=torch.uint8), 4)
     assert zeros.shape == (3, 0)
@@ -551,9 +471,7 @@ def test_kernels_of_nothing() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    ("n", "k"), [(64, 16), (192, 272), (4096, 4096), (1024, 14336), (28672, 8192)]
-)
+@pytest.mark.parametrize(("n", "k"), [(64, 16), (192, 272), (28672, 8192)])
 def test_gpu_weights(bits: int, n: int, k: int) -> None:
     words = random_words(n, k, bits)
     tiles = marlin_pack(words, bits)
@@ -563,7 +481,7 @@ def test_gpu_weights(bits: int, n: int, k: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("n", "k"), [(5, 40), (1030, 14336), (4096, 8192)])
+@pytest.mark.parametrize(("n", "k"), [(5, 40), (1030, 14336)])
 def test_gpu_columns(bits: int, n: int, k: int) -> None:
     words, g_idx = random_words(n, k, bits), torch.tensor(act_order(k, 8), dtype=torch.int32)
     expected, order = sort_columns(words, g_idx, bits)
@@ -574,7 +492,7 @@ def test_gpu_columns(bits: int, n: int, k: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("groups", "n"), [(1, 64), (3, 192), (64, 4096), (2048, 20480)])
+@pytest.mark.parametrize(("groups", "n"), [(1, 64), (3, 192), (2048, 20480)])
 def test_gpu_side_tensors(groups: int, n: int) -> None:
     def same(transform: Callable[..., torch.Tensor], tensor: torch.Tensor, *arguments: int) -> None:
         expected = transform(tensor, *arguments)

@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 
 from ctconvert.device import on_device
-from ctconvert.transforms.packed import WORD_BITS, codes_per_word, row_words
+from ctconvert.transforms.shapes import WORD_BITS, codes_per_word, row_words
+from ctconvert.transforms.words import as_words
 
 # By code width: words of N (written) and of K (read) in one program, which transposes f times
 # their product, and its warps. Of some ten tried each, these were within 3 % of the
@@ -40,7 +41,7 @@ _UNPACK_ROWS = (4, 512)
 
 
 @triton.jit
-def _swap(low, high, BITS: tl.constexpr):
+def swap_fields(low, high, BITS: tl.constexpr):
     """Swaps the odd fields of BITS bits of ``low`` with the even ones of ``high``."""
     # The mask is zero where the arithmetic shift brings in copies of the sign.
     fields = ((low >> BITS) ^ high) & (0xFFFFFFFF // ((1 << BITS) + 1))
@@ -89,7 +90,7 @@ def _transpose_kernel(
         for i in tl.static_range(F):
             low = rows[i & ~(1 << level)]
             high = rows[i | (1 << level)]
-            swapped += (_swap(low, high, BITS << level)[(i >> level) & 1],)
+            swapped += (swap_fields(low, high, BITS << level)[(i >> level) & 1],)
         rows = swapped
 
     # Joined, the most significant bit of i first, and transposed: [BW*f, BC], column by column.
@@ -285,30 +286,25 @@ def transpose_packed_triton(
     words: torch.Tensor,
     bits: int,
     columns: int,
-    pad_rows: bool = False,
     order: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`~ctconvert.transforms.packed.transpose_packed`: i32 [R, W] to [columns, ceil(R/f)].
 
     With ``order``, i32 [R], row order[r] of the input stands for row r. ``out``, contiguous, is
-    written where given.
-
-    Raises ValueError where R % f != 0 without ``pad_rows``. The caller checks the rest.
+    written where given. The caller checks what it gives.
     """
     f = 32 // bits
     r, w = words.shape
-    if r % f and not pad_rows:
-        raise ValueError(f"{r} rows are not a multiple of the {f} codes of a word ({bits} bits)")
-    row_words = -(-r // f)
+    words_out = -(-r // f)
     if out is None:
-        out = torch.empty((columns, row_words), dtype=torch.int32, device=words.device)
+        out = torch.empty((columns, words_out), dtype=torch.int32, device=words.device)
     if out.numel() == 0:
         return out
     if words.stride(1) != 1:
         words = words.contiguous()
     bc, bw, warps = _TILES[bits]
-    grid = (triton.cdiv(row_words, bc) * triton.cdiv(w, bw),)
+    grid = (triton.cdiv(words_out, bc) * triton.cdiv(w, bw),)
     with on_device(words.device):
         _transpose_kernel[grid](
             words,
@@ -317,7 +313,7 @@ def transpose_packed_triton(
             r,
             w,
             columns,
-            row_words,
+            words_out,
             words.stride(0),
             BITS=bits,
             LEVELS=f.bit_length() - 1,
@@ -345,13 +341,19 @@ def pack_triton(
     with on_device(values.device):
         if _is_flat(bits, k):
             _pack_kernel[(triton.cdiv(out.numel(), _FLAT),)](
-                _as_words(values), out, bad, out.numel(), BITS=bits, SIGNED=signed, BLOCK=_FLAT
+                as_words(values, torch.int32),
+                out,
+                bad,
+                out.numel(),
+                BITS=bits,
+                SIGNED=signed,
+                BLOCK=_FLAT,
             )
         else:
             width, span, _ = _spans(bits, packing)
             rows, cols = _PACK_ROWS
             _pack_rows_kernel[(triton.cdiv(n, rows) * triton.cdiv(words, cols),)](
-                values.contiguous() if k % 4 else _as_words(values),
+                values.contiguous() if k % 4 else as_words(values, torch.int32),
                 out,
                 bad,
                 n,
@@ -381,7 +383,7 @@ def unpack_triton(
     if out.numel() == 0:
         return out
     words = words.contiguous()
-    target = out if k % 4 else _as_words(out)
+    target = out if k % 4 else as_words(out, torch.int32)
     signed = dtype == torch.int8
     with on_device(words.device):
         if _is_flat(bits, k):
@@ -433,11 +435,3 @@ def is_set(flag: torch.Tensor, device: torch.device) -> bool:
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     return bool(flag.item())
-
-
-def _as_words(tensor: torch.Tensor) -> torch.Tensor:
-    """An i8 or u8 tensor as i32 [numel/4], without a copy where it is contiguous and aligned."""
-    flat = tensor.contiguous().view(-1)
-    if flat.storage_offset() % 4:
-        flat = flat.clone()
-    return flat.view(torch.int32)

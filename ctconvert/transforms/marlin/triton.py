@@ -17,7 +17,7 @@ a tensor of six dimensions of 2 and permutes those.
 
 Padding, words i32 [n, ceil(k/f)] to i32 [n_padded, k_padded/f], is a copy with a fill. Each of
 these reads a byte once and writes it once. Act-order, whose columns change places within the words,
-takes two passes: both are the transpose of :mod:`ctconvert.transforms.packed_triton`.
+takes two passes: both are the transpose of :mod:`ctconvert.transforms.packed.triton`.
 
 The launchers also take CPU tensors where Triton's interpreter runs the kernels.
 """
@@ -32,19 +32,12 @@ import triton
 import triton.language as tl
 
 from ctconvert.device import on_device
-from ctconvert.transforms.packed_triton import (
+from ctconvert.transforms.packed.triton import (
     is_set,
     new_flag,
+    swap_fields,
     transpose_packed_triton,
 )
-
-
-@triton.jit
-def _exchange(low, high, shift: tl.constexpr, mask: tl.constexpr):
-    """Swaps the upper fields of ``low`` with the lower fields of ``high``."""
-    # The shift is arithmetic; the mask is zero where it brings in copies of the sign.
-    swap = ((low >> shift) ^ high) & mask
-    return low ^ (swap << shift), high ^ swap
 
 
 @triton.jit
@@ -77,12 +70,12 @@ def _pack_kernel(units_ptr, tiles_ptr, row_units, tiles, BITS: tl.constexpr, TIL
         inside = tile[None, :] < tiles
         low0, high0 = _halves(tl.load(at, mask=inside, other=0))  # blk 0: k3 = 0, 1
         low1, high1 = _halves(tl.load(at + 8 * row_units, mask=inside, other=0))  # blk 1
-        low0, high0 = _exchange(low0, high0, 4, 0x0F0F0F0F)  # k3, k0
-        low1, high1 = _exchange(low1, high1, 4, 0x0F0F0F0F)
-        low0, low1 = _exchange(low0, low1, 8, 0x00FF00FF)  # blk, k1
-        high0, high1 = _exchange(high0, high1, 8, 0x00FF00FF)
-        w00, w10 = _exchange(low0, high0, 16, 0x0000FFFF)  # k0, k2
-        w01, w11 = _exchange(low1, high1, 16, 0x0000FFFF)
+        low0, high0 = swap_fields(low0, high0, 4)  # k3, k0
+        low1, high1 = swap_fields(low1, high1, 4)
+        low0, low1 = swap_fields(low0, low1, 8)  # blk, k1
+        high0, high1 = swap_fields(high0, high1, 8)
+        w00, w10 = swap_fields(low0, high0, 16)  # k0, k2
+        w01, w11 = swap_fields(low1, high1, 16)
     else:
         row = run * 64 + tl.arange(0, 64)  # j, blk, a
         unit = tl.program_id(1) * 2 * TILES + tl.arange(0, 2 * TILES)  # tile, k3
@@ -91,10 +84,10 @@ def _pack_kernel(units_ptr, tiles_ptr, row_units, tiles, BITS: tl.constexpr, TIL
         first, second = tl.split(units.reshape(64, TILES, 2))  # k3 = 0, 1
         w00, w10 = _halves(first)
         w01, w11 = _halves(second)
-        w00, w01 = _exchange(w00, w01, 8, 0x00FF00FF)  # k3, k0
-        w10, w11 = _exchange(w10, w11, 8, 0x00FF00FF)
-        w00, w01 = _exchange(w00, w01, 16, 0x0000FFFF)  # k0, k1
-        w10, w11 = _exchange(w10, w11, 16, 0x0000FFFF)
+        w00, w01 = swap_fields(w00, w01, 8)  # k3, k0
+        w10, w11 = swap_fields(w10, w11, 8)
+        w00, w01 = swap_fields(w00, w01, 16)  # k0, k1
+        w10, w11 = swap_fields(w10, w11, 16)
 
     words = tl.join(tl.join(w00, w10), tl.join(w01, w11))  # [group * a, tile, k2, k1]
     words = words.reshape(GROUPS, 8, TILES, 4).permute(2, 1, 3, 0).reshape(TILES, WORDS)
@@ -121,12 +114,12 @@ def _unpack_kernel(units_ptr, tiles_ptr, row_units, tiles, BITS: tl.constexpr, T
     w01, w11 = tl.split(odd)
 
     if BITS == 4:
-        low0, high0 = _exchange(w00, w10, 16, 0x0000FFFF)
-        low1, high1 = _exchange(w01, w11, 16, 0x0000FFFF)
-        low0, low1 = _exchange(low0, low1, 8, 0x00FF00FF)
-        high0, high1 = _exchange(high0, high1, 8, 0x00FF00FF)
-        low0, high0 = _exchange(low0, high0, 4, 0x0F0F0F0F)
-        low1, high1 = _exchange(low1, high1, 4, 0x0F0F0F0F)
+        low0, high0 = swap_fields(w00, w10, 16)
+        low1, high1 = swap_fields(w01, w11, 16)
+        low0, low1 = swap_fields(low0, low1, 8)
+        high0, high1 = swap_fields(high0, high1, 8)
+        low0, high0 = swap_fields(low0, high0, 4)
+        low1, high1 = swap_fields(low1, high1, 4)
         row = tl.arange(0, 32)
         row = run * 64 + row // 8 * 16 + row % 8
         at = units_ptr + row[:, None] * row_units + tile[None, :]
@@ -134,10 +127,10 @@ def _unpack_kernel(units_ptr, tiles_ptr, row_units, tiles, BITS: tl.constexpr, T
         tl.store(at, _units(low0, high0), mask=inside)
         tl.store(at + 8 * row_units, _units(low1, high1), mask=inside)
     else:
-        w00, w01 = _exchange(w00, w01, 16, 0x0000FFFF)
-        w10, w11 = _exchange(w10, w11, 16, 0x0000FFFF)
-        w00, w01 = _exchange(w00, w01, 8, 0x00FF00FF)
-        w10, w11 = _exchange(w10, w11, 8, 0x00FF00FF)
+        w00, w01 = swap_fields(w00, w01, 16)
+        w10, w11 = swap_fields(w10, w11, 16)
+        w00, w01 = swap_fields(w00, w01, 8)
+        w10, w11 = swap_fields(w10, w11, 8)
         row = run * 64 + tl.arange(0, 64)
         unit = tl.program_id(1) * 2 * TILES + tl.arange(0, 2 * TILES)
         at = units_ptr + row[:, None] * row_units + unit[None, :]
@@ -239,19 +232,18 @@ _PAD = (8, 256, 4)
 # What the act-order path puts between its two passes: most of it is still in the L2 cache when the
 # second reads it, and each launch fills the device.
 _SCRATCH_BYTES = 32 << 20
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def marlin_pack_triton(words: torch.Tensor, bits: int) -> torch.Tensor:
+def marlin_pack_triton(units: torch.Tensor, bits: int) -> torch.Tensor:
     """What :func:`ctconvert.transforms.marlin.marlin_pack` launches after its checks.
 
-    ``words`` i32 [N, K/f], contiguous, at an even storage offset, K % 16 == N % 64 == 0.
+    ``units``: the words as i64 [N, K*b/64], contiguous, K % 16 == N % 64 == 0.
     """
-    n, row_words = words.shape
-    tiles = row_words * 2 // bits
-    out = words.new_empty((tiles, n * bits // 2))
-    _launch(_pack_kernel, words, out, tiles, n, bits, _PACK[bits])
-    return out
+    n, row_units = units.shape
+    shape = row_units * 4 // bits, n * bits // 2
+    tiles = torch.empty(shape, dtype=torch.int32, device=units.device)
+    _launch(_pack_kernel, units, tiles, bits, _PACK[bits])
+    return tiles
 
 
 def marlin_unpack_triton(tiles: torch.Tensor, bits: int, n: int, k: int) -> torch.Tensor:
@@ -259,42 +251,39 @@ def marlin_unpack_triton(tiles: torch.Tensor, bits: int, n: int, k: int) -> torc
 
     ``tiles`` i32 [K/16, N*16/f], contiguous.
     """
-    out = tiles.new_empty((n, k * bits // 32))
-    _launch(_unpack_kernel, out, tiles, k // 16, n, bits, _UNPACK[bits])
-    return out
+    words = torch.empty((n, k * bits // 32), dtype=torch.int32, device=tiles.device)
+    _launch(_unpack_kernel, words.view(torch.int64), tiles, bits, _UNPACK[bits])
+    return words
 
 
 def _launch(
     kernel: triton.JITFunction,
-    words: torch.Tensor,
+    units: torch.Tensor,
     tiles: torch.Tensor,
-    rows: int,
-    n: int,
     bits: int,
     block: tuple[int, int],
 ) -> None:
-    size, warps = block
-    units = words.view(torch.int64)
-    with on_device(words.device):
-        kernel[(n // 64, triton.cdiv(rows, size))](
-            units, tiles, units.shape[1], rows, BITS=bits, TILES=size, num_warps=warps
+    (n, row_units), (size, warps) = units.shape, block
+    grid = n // 64, triton.cdiv(tiles.shape[0], size)
+    with on_device(units.device):
+        kernel[grid](
+            units, tiles, row_units, tiles.shape[0], BITS=bits, TILES=size, num_warps=warps
         )
 
 
 def reorder_triton(rows: torch.Tensor, order: list[int]) -> torch.Tensor:
     """Position p of every run of 64 takes what is at order[p] of it: [groups, N], N % 64 == 0.
 
-    ``order`` is 64 numbers that permute the bits of p. Elements of 1, 2, 4 or 8 bytes.
+    ``order`` is 64 numbers that permute the bits of p. Integers of 1, 2, 4 or 8 bytes, contiguous.
     """
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    raw = _INTEGERS[rows.element_size()]
     block, warps = _RUNS
     with on_device(rows.device):
         _reorder_kernel[(triton.cdiv(rows.numel(), block),)](
-            rows.contiguous().view(raw),
-            out.view(raw),
+            rows,
+            out,
             rows.numel(),
             DIMS=_dims(order),
             BLOCK=block,
@@ -366,7 +355,7 @@ def take_columns_triton(words: torch.Tensor, perm: torch.Tensor, bits: int) -> t
     for start in range(0, n, rows):
         part = words[start : start + rows]
         transpose_packed_triton(
-            transpose_packed_triton(part, bits, perm.shape[0], pad_rows=True),
+            transpose_packed_triton(part, bits, perm.shape[0]),
             bits,
             part.shape[0],
             order=perm,

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors import safe_open
 from torch import Tensor
 
-from ctconvert.transforms import sparse24
+from ctconvert.transforms import sparse24, threads
+from ctconvert.transforms.sparse24 import cpu
 
-GOLDEN = Path(__file__).parent / "golden" / "cutlass_sparse24.safetensors"
+GOLDEN = ROOT / "tests" / "golden" / "cutlass_sparse24.safetensors"
 DTYPES = [torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn]
 KEPT_PAIRS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
 
-needs_interpreter = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU"
-)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -139,85 +137,50 @@ def golden(case: str) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(file.get_tensor(f"{case}.{part}") for part in ("dense", "nzs", "meta"))
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every allocation without a value is full of 0xA5, so an element nobody writes shows."""
-    empty = torch.empty
-
-    def poisoned_empty(*args: Any, **options: Any) -> Tensor:
-        tensor = empty(*args, **options)
-        if tensor.numel():
-            tensor.view(torch.uint8).fill_(0xA5)
-        return tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
-
-
-class Cpu:
-    """The public functions, on the CPU."""
-
-    bitmask_decompress = staticmethod(sparse24.bitmask_decompress)
-    bitmask_compress = staticmethod(sparse24.bitmask_compress)
-    bitmask_of = staticmethod(sparse24.bitmask_of)
-    sm90_compress = staticmethod(sparse24.sm90_compress)
-    sm90_decompress = staticmethod(sparse24.sm90_decompress)
-
-
-class Interpreted:
-    """The Triton launchers, on CPU tensors."""
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        from ctconvert.transforms import sparse24_triton
-
-        return getattr(sparse24_triton, f"{name}_triton")
-
-
-PATHS = [
-    pytest.param(Cpu(), id="cpu"),
-    pytest.param(Interpreted(), id="triton", marks=needs_interpreter),
+#: Rows of whole bytes of bitmask or not, of whole blocks of 64 x 128 or not, several programs.
+SHAPES = [(1, 4), (5, 24), (3, 140), (66, 160), (64, 256)]
+#: Both sizes of an element in every shape; the dtypes of a size differ in nothing but their name.
+CASES = [
+    *((dtype, shape) for dtype in (torch.float16, torch.int8) for shape in SHAPES),
+    *((dtype, (66, 160)) for dtype in (torch.bfloat16, torch.float8_e4m3fn)),
 ]
-SHAPES = [(1, 4), (3, 12), (5, 24), (9, 8), (66, 144), (66, 160), (3, 140), (64, 256)]
 
 
 @pytest.mark.parametrize("case", golden_cases())
-@pytest.mark.parametrize("path", PATHS)
-def test_sm90_equals_cutlass(path: Any, case: str) -> None:
+def test_sm90_equals_cutlass(path: str, case: str) -> None:
     dense, expected_values, expected_meta = golden(case)
-    values, meta = path.sm90_compress(dense)
+    values, meta = sparse24.sm90_compress(dense)
     assert same(values, expected_values)
     assert same(meta, expected_meta)
     assert same(
-        path.sm90_decompress(expected_values, expected_meta, *dense.shape), plus_zero(dense)
+        sparse24.sm90_decompress(expected_values, expected_meta, *dense.shape), plus_zero(dense)
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
 def test_every_transform_equals_its_formula(
-    path: Any, shape: tuple[int, int], dtype: torch.dtype
+    path: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     n, k = shape
     dense, bitmask, compressed = random_weight(n, k, dtype)
     values, meta = reference_compress(dense)
-    assert same(path.bitmask_decompress(compressed, bitmask, k), dense)
-    assert same(path.bitmask_compress(dense, bitmask), compressed)
-    actual = path.sm90_compress(dense)
+    assert same(sparse24.bitmask_decompress(compressed, bitmask, k), dense)
+    assert same(sparse24.bitmask_compress(dense, bitmask), compressed)
+    actual = sparse24.sm90_compress(dense)
     assert same(actual[0], values)
     assert same(actual[1], meta)
-    assert same(path.sm90_decompress(values, meta, n, k), plus_zero(dense))
+    assert same(sparse24.sm90_decompress(values, meta, n, k), plus_zero(dense))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", PATHS)
-def test_zero_one_and_two_nonzeros_everywhere(path: Any, dtype: torch.dtype) -> None:
+def test_zero_one_and_two_nonzeros_everywhere(path: str, dtype: torch.dtype) -> None:
     dense = every_group(dtype)
     k = dense.shape[1]
     values, meta = reference_compress(dense)
-    actual = path.sm90_compress(dense)
+    actual = sparse24.sm90_compress(dense)
     assert same(actual[0], values)
     assert same(actual[1], meta)
-    assert same(path.sm90_decompress(values, meta, 2, k), plus_zero(dense))
+    assert same(sparse24.sm90_decompress(values, meta, 2, k), plus_zero(dense))
 
     # The mask keeps all nonzeros, then the lowest zero columns.
     expected = []
@@ -229,94 +192,86 @@ def test_zero_one_and_two_nonzeros_everywhere(path: Any, dtype: torch.dtype) -> 
             for p in kept:
                 packed[(column + p) // 8] |= 1 << (column + p) % 8
         expected.append(packed)
-    bitmask = path.bitmask_of(dense)
+    bitmask = sparse24.bitmask_of(dense)
     assert same(bitmask, torch.tensor(expected, dtype=torch.uint8))
-    compressed = path.bitmask_compress(dense, bitmask)
-    assert same(plus_zero(path.bitmask_decompress(compressed, bitmask, k)), plus_zero(dense))
+    compressed = sparse24.bitmask_compress(dense, bitmask)
+    assert same(plus_zero(sparse24.bitmask_decompress(compressed, bitmask, k)), plus_zero(dense))
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_mask_error_names_the_first_group(path: Any) -> None:
+def test_mask_error_names_the_first_group(path: str) -> None:
     dense, bitmask, compressed = random_weight(7, 40, torch.int8)
     bitmask[2, 3] = (bitmask[2, 3] & 0x0F) | 0x70
     bitmask[2, 4] = 0
     bitmask[5, 0] = 0xFF
     message = "row 2, column 28: the bitmask keeps 3 of 4 columns"
     with pytest.raises(ValueError, match=message):
-        path.bitmask_decompress(compressed, bitmask, 40)
+        sparse24.bitmask_decompress(compressed, bitmask, 40)
     with pytest.raises(ValueError, match=message):
-        path.bitmask_compress(dense, bitmask)
+        sparse24.bitmask_compress(dense, bitmask)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4])
-@pytest.mark.parametrize("path", PATHS)
-def test_mask_error_names_the_count(path: Any, count: int) -> None:
+def test_mask_error_names_the_count(path: str, count: int) -> None:
     _, bitmask, compressed = random_weight(3, 12, torch.float16)
     bitmask[1, 0] = (bitmask[1, 0] & 0xF0) | ((1 << count) - 1)
     message = f"row 1, column 0: the bitmask keeps {count} of 4 columns"
     with pytest.raises(ValueError, match=message):
-        path.bitmask_decompress(compressed, bitmask, 12)
+        sparse24.bitmask_decompress(compressed, bitmask, 12)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_mask_bits_past_the_last_column(path: Any) -> None:
+def test_mask_bits_past_the_last_column(path: str) -> None:
     dense, bitmask, compressed = random_weight(3, 12, torch.float16)
     bitmask[1, 1] |= 0x30
     message = "row 1, column 12: the bitmask keeps 2 of 4 columns, but the weight has only 12"
     with pytest.raises(ValueError, match=message):
-        path.bitmask_decompress(compressed, bitmask, 12)
+        sparse24.bitmask_decompress(compressed, bitmask, 12)
     with pytest.raises(ValueError, match=message):
-        path.bitmask_compress(dense, bitmask)
+        sparse24.bitmask_compress(dense, bitmask)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("path", PATHS)
-def test_dense_error_names_the_first_group(path: Any, dtype: torch.dtype) -> None:
+def test_dense_error_names_the_first_group(path: str, dtype: torch.dtype) -> None:
     dense = random_weight(70, 152, dtype)[0]
     raw = bits(dense)
     raw[66, 132:136] = 1
     raw[66, 148:151] = 1
     raw[69, 0:4] = 1
-    for function in (path.sm90_compress, path.bitmask_of):
+    for function in (sparse24.sm90_compress, sparse24.bitmask_of):
         with pytest.raises(ValueError, match="row 66, column 132: 4 of 4 columns are nonzero"):
             function(dense)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_three_nonzeros_in_any_position(path: Any) -> None:
+def test_three_nonzeros_in_any_position(path: str) -> None:
     for spared in range(4):
         dense = torch.ones(1, 4, dtype=torch.int8)
         dense[0, spared] = 0
-        for function in (path.sm90_compress, path.bitmask_of):
+        for function in (sparse24.sm90_compress, sparse24.bitmask_of):
             with pytest.raises(ValueError, match="row 0, column 0: 3 of 4"):
                 function(dense)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_minus_zero_of_float8_is_a_nonzero(path: Any) -> None:
+def test_minus_zero_of_float8_is_a_nonzero(path: str) -> None:
     dense = torch.tensor([[-0.0, 1.0, 2.0, 0.0]]).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="3 of 4"):
-        path.sm90_compress(dense)
-    values, _ = path.sm90_compress(dense.to(torch.float16))
+        sparse24.sm90_compress(dense)
+    values, _ = sparse24.sm90_compress(dense.to(torch.float16))
     assert values.tolist() == [[1.0, 2.0]]
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_bitmask_compress_refuses_to_drop_a_nonzero(path: Any) -> None:
+def test_bitmask_compress_refuses_to_drop_a_nonzero(path: str) -> None:
     for dtype in (torch.int8, torch.bfloat16):
         dense, bitmask, _ = random_weight(6, 24, dtype)
         column = next(c for c in range(8, 12) if not int(bitmask[4, 1]) >> c % 8 & 1)
         bits(dense)[4, column] = 5
         with pytest.raises(ValueError, match=f"row 4, column {column}: nonzero, but the bitmask"):
-            path.bitmask_compress(dense, bitmask)
+            sparse24.bitmask_compress(dense, bitmask)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_bitmask_compress_takes_a_dropped_minus_zero_for_zero(path: Any) -> None:
+def test_bitmask_compress_takes_a_dropped_minus_zero_for_zero(path: str) -> None:
     dense = torch.tensor([[-0.0, 1.0, -0.0, -0.0, -0.0, 0.0, 3.0, -0.0]], dtype=torch.float16)
     bitmask = torch.tensor([[0b0110_0110]], dtype=torch.uint8)
     expected = torch.tensor([[1.0, -0.0, 0.0, 3.0]], dtype=torch.float16)
-    assert same(path.bitmask_compress(dense, bitmask), expected)
+    assert same(sparse24.bitmask_compress(dense, bitmask), expected)
 
 
 def nibble_position(n: int, row: int, column: int, size: int) -> int:
@@ -338,57 +293,54 @@ def set_nibble(meta: Tensor, position: int, nibble: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16], ids=str)
-@pytest.mark.parametrize("path", PATHS)
-def test_sm90_decompress_checks_the_index_pairs(path: Any, dtype: torch.dtype) -> None:
+def test_sm90_decompress_checks_the_index_pairs(path: str, dtype: torch.dtype) -> None:
     n, k = 67, 136
     values = torch.full((n, k // 2), 3, dtype=torch.int32).to(dtype)
     size = values.element_size()
-    good = torch.zeros(sparse24.meta_shape(n, k), dtype=torch.uint8)
+    good = torch.zeros(sparse24.sm90_meta_shape(n, k), dtype=torch.uint8)
     for row in range(n):
         for column in range(0, k, 4):
             set_nibble(good, nibble_position(n, row, column, size), 0b0100)
     valid = {i0 | i1 << 2 for i0, i1 in KEPT_PAIRS}
-    for nibble in range(1, 16) if isinstance(path, Cpu) else (2, 5, 9, 15):
+    for nibble in range(1, 16) if path == "cpu" else (2, 5, 9):
         meta = good.clone()
         set_nibble(meta, nibble_position(n, 65, 132, size), nibble)
         if nibble in valid:
-            assert path.sm90_decompress(values, meta, n, k).shape == (n, k)
+            assert sparse24.sm90_decompress(values, meta, n, k).shape == (n, k)
             continue
         pair = rf"\({nibble & 3}, {nibble >> 2}\)"
         with pytest.raises(ValueError, match=f"row 65, column 132: {pair} is no index pair"):
-            path.sm90_decompress(values, meta, n, k)
+            sparse24.sm90_decompress(values, meta, n, k)
 
     meta = good.clone()
     set_nibble(meta, nibble_position(n, 8, 20, size), 0)
     with pytest.raises(ValueError, match=r"row 8, column 20: the index pair is \(0, 0\)"):
-        path.sm90_decompress(values, meta, n, k)
+        sparse24.sm90_decompress(values, meta, n, k)
     values[8, 10:12] = 0
-    assert not bool(bits(path.sm90_decompress(values, meta, n, k))[8, 20:24].any())
+    assert not bool(bits(sparse24.sm90_decompress(values, meta, n, k))[8, 20:24].any())
 
     for row, column in ((67, 0), (3, 136), (127, 252)):
         meta = good.clone()
         set_nibble(meta, nibble_position(n, row, column, size), 0b0100)
         with pytest.raises(ValueError, match=f"row {row}, column {column}: padding"):
-            path.sm90_decompress(values, meta, n, k)
+            sparse24.sm90_decompress(values, meta, n, k)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_sm90_decompress_checks_half_a_byte_of_padding(path: Any) -> None:
-    values, meta = path.sm90_compress(torch.zeros(2, 12, dtype=torch.int8))
+def test_sm90_decompress_checks_half_a_byte_of_padding(path: str) -> None:
+    values, meta = sparse24.sm90_compress(torch.zeros(2, 12, dtype=torch.int8))
     set_nibble(meta, nibble_position(2, 1, 12, 1), 0b0100)
     with pytest.raises(ValueError, match="row 1, column 12: padding"):
-        path.sm90_decompress(values, meta, 2, 12)
+        sparse24.sm90_decompress(values, meta, 2, 12)
 
 
-def test_an_error_leaves_nothing_behind() -> None:
+def test_an_error_leaves_nothing_behind(path: str) -> None:
     """A call after a failed one starts from a clean error word."""
-    path: Any = Cpu() if torch.cuda.is_available() else Interpreted()
     good, bitmask, compressed = random_weight(3, 16, torch.int8)
     bad = torch.ones(3, 16, dtype=torch.int8)
     for _ in range(2):
         with pytest.raises(ValueError, match="row 0, column 0"):
-            path.sm90_compress(bad)
-        assert same(path.bitmask_decompress(compressed, bitmask, 16), good)
+            sparse24.sm90_compress(bad)
+        assert same(sparse24.bitmask_decompress(compressed, bitmask, 16), good)
 
 
 def test_wrong_arguments() -> None:
@@ -413,8 +365,7 @@ def test_wrong_arguments() -> None:
             call()
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_strided_and_unaligned_inputs(path: Any) -> None:
+def test_strided_and_unaligned_inputs(path: str) -> None:
     for dtype in (torch.int8, torch.bfloat16):
         dense, bitmask, compressed = random_weight(6, 24, dtype)
         values, meta = reference_compress(dense)
@@ -426,14 +377,14 @@ def test_strided_and_unaligned_inputs(path: Any) -> None:
             yield raw[3:].view(tensor.shape).view(tensor.dtype)
 
         for d, m, c, v in zip(*map(moved, (dense, bitmask, compressed, values)), strict=True):
-            assert same(path.bitmask_decompress(c, m, 24), dense)
-            assert same(path.bitmask_compress(d, m), compressed)
-            assert same(path.sm90_compress(d)[1], meta)
-            assert same(path.sm90_decompress(v, meta, 6, 24), plus_zero(dense))
+            assert same(sparse24.bitmask_decompress(c, m, 24), dense)
+            assert same(sparse24.bitmask_compress(d, m), compressed)
+            assert same(sparse24.sm90_compress(d)[1], meta)
+            assert same(sparse24.sm90_decompress(v, meta, 6, 24), plus_zero(dense))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_rows(dtype: torch.dtype) -> None:
+def test_no_rows(path: str, dtype: torch.dtype) -> None:
     compressed = torch.zeros(0, 8, dtype=dtype)
     bitmask = torch.zeros(0, 2, dtype=torch.uint8)
     assert sparse24.bitmask_decompress(compressed, bitmask, 16).shape == (0, 16)
@@ -464,50 +415,40 @@ def large_weight(
     return dense.view(dtype), bitmask, raw.view(dtype)
 
 
-@pytest.mark.parametrize("k", [2048, 2044])
+@pytest.mark.parametrize("k", [1024, 1020])
 def test_many_blocks_on_several_threads(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
-    monkeypatch.setattr(sparse24, "_THREADED_BYTES", 1)
+    monkeypatch.setattr(threads, "THREADED_BYTES", 1)
+    monkeypatch.setattr(cpu, "GRAIN", 2048)  # 8 rows a block
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert threading.current_thread() is threading.main_thread()
     for dtype in (torch.int8, torch.float16):
-        dense, bitmask, compressed = large_weight(300, k, dtype)
+        dense, bitmask, compressed = large_weight(140, k, dtype)
         assert same(sparse24.bitmask_decompress(compressed, bitmask, k), dense)
         assert same(sparse24.bitmask_compress(dense, bitmask), compressed)
         values, meta = sparse24.sm90_compress(dense)
-        # The first 64 rows and the last 44 stand for themselves in the metadata.
-        for rows in (slice(0, 64), slice(256, 300)):
+        # The first 64 rows and the last 12 stand for themselves in the metadata.
+        for rows in (slice(0, 64), slice(128, 140)):
             part = reference_compress(dense[rows])
             assert same(values[rows], part[0])
-            blocks = meta.view(k // 128 + (k % 128 > 0), 5, 1024)
+            blocks = meta.view(k // 128 + (k % 128 > 0), 3, 1024)
             assert torch.equal(blocks[:, rows.start // 64].flatten(), part[1].flatten())
-        assert same(sparse24.sm90_decompress(values, meta, 300, k), plus_zero(dense))
+        assert same(sparse24.sm90_decompress(values, meta, 140, k), plus_zero(dense))
 
         raw = bits(dense)
         raw[40, 400:404] = 1
-        raw[299, 0:4] = 1
+        raw[139, 0:4] = 1
         with pytest.raises(ValueError, match="row 40, column 400"):
             sparse24.sm90_compress(dense)
 
 
-def test_threads_follow_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse24, "_THREADED_BYTES", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    dense, bitmask, compressed = large_weight(300, 2048, torch.int8)
-    with torch.inference_mode():
-        assert same(sparse24.bitmask_decompress(compressed, bitmask, 2048), dense)
-        values, meta = sparse24.sm90_compress(dense)
-        assert same(sparse24.sm90_decompress(values, meta, 300, 2048), dense)
-
-
 def test_callers_may_be_threads() -> None:
-    weights = [large_weight(96, 512, dtype) for dtype in (torch.int8, torch.float16)]
+    weights = [large_weight(70, 256, dtype) for dtype in (torch.int8, torch.float16)]
     references = [reference_compress(dense) for dense, _, _ in weights]
 
     def work(weight: tuple[Tensor, Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
         dense, bitmask, compressed = weight
-        actual = sparse24.sm90_compress(sparse24.bitmask_decompress(compressed, bitmask, 512))
+        actual = sparse24.sm90_compress(sparse24.bitmask_decompress(compressed, bitmask, 256))
         return all(same(a, b) for a, b in zip(actual, expected, strict=True)) and same(
-            sparse24.bitmask_decompress(compressed, bitmask, 512), dense
+            sparse24.bitmask_decompress(compressed, bitmask, 256), dense
         )
 
     with ThreadPoolExecutor(4) as pool:
@@ -516,7 +457,7 @@ def test_callers_may_be_threads() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(4096, 8192), (1000, 2052), (130, 584), (3, 28672)], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 8192), (1000, 2052), (130, 584)], ids=str)
 def test_gpu_equals_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     n, k = shape
     dense, bitmask, compressed = large_weight(n, k, dtype, "cuda")
@@ -533,14 +474,13 @@ def test_gpu_equals_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gpu_equals_the_formulas(dtype: torch.dtype) -> None:
-    for n, k in SHAPES:
-        dense = random_weight(n, k, dtype)[0]
-        expected = reference_compress(dense)
-        actual = sparse24.sm90_compress(dense.cuda())
-        for side in range(2):
-            assert same(actual[side], expected[side])
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
+def test_gpu_equals_the_formulas(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    dense = random_weight(*shape, dtype)[0]
+    expected = reference_compress(dense)
+    actual = sparse24.sm90_compress(dense.cuda())
+    for side in range(2):
+        assert same(actual[side], expected[side])
 
 
 @pytest.mark.gpu

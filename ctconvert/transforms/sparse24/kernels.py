@@ -14,42 +14,23 @@ runs at the same speed. A program of the SM90 kernels owns 64 rows by 128 (or mo
 metadata of such a block is 1 KiB in one piece.
 
 An invalid group leaves its place (unit or row) in an error word by an atomic minimum; the launcher
-reads the word and raises the CPU path's error for that row. The launchers take CPU tensors as well
-where Triton's interpreter is on.
+reads the word and raises the CPU path's error for that row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ctconvert.device import on_device
-from ctconvert.transforms import sparse24
-
-_NO_ERROR = (1 << 63) - 1
-
-# Units in one program of the bitmask kernels, and its warps, by element size.
-FLAT_TILES = {
-    "decompress": {1: (256, 4), 2: (256, 4)},
-    "compress": {1: (256, 2), 2: (128, 4)},
-    "mask": {1: (256, 2), 2: (128, 4)},
-}
-# 128-column blocks in one program of the SM90 kernels, and its warps, by element size.
-BLOCK_TILES = {
-    "sm90_compress": {1: (1, 8), 2: (2, 8)},
-    "sm90_decompress": {1: (2, 8), 2: (1, 4)},
-}
+from ctconvert.transforms.sparse24.groups import kept_of_pattern, kept_pair, meta_nibble
+from ctconvert.transforms.words import signed
 
 
 def _packed(entry: Callable[[int], int], bits: int, width: int) -> int:
     """A table of 16 entries of ``bits`` bits as one signed integer of ``width`` bits."""
-    value = sum(entry(code) << bits * code for code in range(16))
-    return value - (1 << width) if value >> (width - 1) else value
+    return signed(sum(entry(code) << bits * code for code in range(16)), width)
 
 
 def _nibble_or_ones(nibble: int | None) -> int:
@@ -57,17 +38,13 @@ def _nibble_or_ones(nibble: int | None) -> int:
 
 
 def _kept(mask: int, slot: int) -> int:
-    pair = sparse24.kept_pair(mask)
+    pair = kept_pair(mask)
     return 0 if pair is None else pair[slot] - slot
 
 
 # Nibble tables indexed by four times a nonzero pattern; 0xF, which neither form has, is invalid.
-_META_OF_PATTERN = tl.constexpr(
-    _packed(lambda code: _nibble_or_ones(sparse24.meta_nibble(code)), 4, 64)
-)
-_MASK_OF_PATTERN = tl.constexpr(
-    _packed(lambda code: _nibble_or_ones(sparse24.kept_of_pattern(code)), 4, 64)
-)
+_META_OF_PATTERN = tl.constexpr(_packed(lambda code: _nibble_or_ones(meta_nibble(code)), 4, 64))
+_MASK_OF_PATTERN = tl.constexpr(_packed(lambda code: _nibble_or_ones(kept_of_pattern(code)), 4, 64))
 # Elements that the first and the second kept value move by, indexed by twice a bitmask nibble. The
 # last valid one is 12, so the tables can be shifted up by a few bits and stay 32 bits wide.
 _FIRST_MOVE = tl.constexpr(_packed(lambda mask: _kept(mask, 0), 2, 32))
@@ -188,7 +165,7 @@ def _inside(at, left, WORD: tl.constexpr):
 
 
 @triton.jit
-def _decompress_kernel(
+def decompress_kernel(
     pairs,
     mask,
     dense,
@@ -211,7 +188,7 @@ def _decompress_kernel(
 
 
 @triton.jit
-def _compress_kernel(
+def compress_kernel(
     dense,
     mask,
     pairs,
@@ -249,7 +226,7 @@ def _compress_kernel(
 
 
 @triton.jit
-def _mask_kernel(
+def mask_kernel(
     dense,
     mask,
     error,
@@ -349,7 +326,7 @@ def _report(error, place, wrong):
 
 
 @triton.jit
-def _sm90_compress_kernel(
+def sm90_compress_kernel(
     dense,
     pairs,
     meta,
@@ -389,7 +366,7 @@ def _sm90_compress_kernel(
 
 
 @triton.jit
-def _sm90_decompress_kernel(
+def sm90_decompress_kernel(
     pairs,
     meta,
     dense,
@@ -435,224 +412,3 @@ def _sm90_decompress_kernel(
         tl.store(dense + place + offset, word)
     else:
         tl.store(dense + place + offset, word, mask=inside)
-
-
-# --- launchers --------------------------------------------------------------------------------
-
-
-def bitmask_decompress_triton(compressed: Tensor, bitmask: Tensor, k: int) -> Tensor:
-    """`sparse24.bitmask_decompress` on the tensors' device."""
-    error = _error_word(compressed.device)
-    dense = launch_bitmask_decompress(compressed, bitmask, k, error)
-    rows = _wrong_rows(error, k // 4)
-    if rows is not None:
-        sparse24.raise_mask_error(bitmask[rows].cpu(), k, rows.start)
-    return dense
-
-
-def bitmask_compress_triton(dense: Tensor, bitmask: Tensor) -> Tensor:
-    """`sparse24.bitmask_compress` on the tensors' device."""
-    error = _error_word(dense.device)
-    compressed = launch_bitmask_compress(dense, bitmask, error)
-    rows = _wrong_rows(error, dense.shape[1] // 4)
-    if rows is not None:
-        sparse24.raise_drop_error(dense[rows].cpu(), bitmask[rows].cpu(), rows.start)
-    return compressed
-
-
-def bitmask_of_triton(dense: Tensor) -> Tensor:
-    """`sparse24.bitmask_of` on the tensor's device."""
-    error = _error_word(dense.device)
-    bitmask = launch_bitmask_of(dense, error)
-    rows = _wrong_rows(error, dense.shape[1] // 4)
-    if rows is not None:
-        sparse24.raise_dense_error(dense[rows].cpu(), rows.start)
-    return bitmask
-
-
-def sm90_compress_triton(dense: Tensor) -> tuple[Tensor, Tensor]:
-    """`sparse24.sm90_compress` on the tensor's device."""
-    error = _error_word(dense.device)
-    values, meta = launch_sm90_compress(dense, error)
-    row = _first_error(error)
-    if row is not None:
-        sparse24.raise_dense_error(dense[row : row + 1].cpu(), row)
-    return values, meta
-
-
-def sm90_decompress_triton(values: Tensor, meta: Tensor, n: int, k: int) -> Tensor:
-    """`sparse24.sm90_decompress` on the tensors' device."""
-    error = _error_word(values.device)
-    dense = launch_sm90_decompress(values, meta, n, k, error)
-    row = _first_error(error)
-    if row is not None:
-        # The metadata of the 64 rows around it, as if they were the whole weight.
-        start = row // 64 * 64
-        block = meta.reshape(meta.shape[1] // 16, -1, 1024)[:, row // 64].reshape(64, -1)
-        nibbles = sparse24.from_kernel_order(block.cpu(), values.element_size())
-        rows = values[start : start + 64].cpu()
-        sparse24.raise_meta_error(rows, nibbles, rows.shape[0], k, start)
-    return dense
-
-
-def launch_bitmask_decompress(compressed: Tensor, bitmask: Tensor, k: int, error: Tensor) -> Tensor:
-    """Dense weight; ``error`` i64 [1] is lowered to a wrong unit's first group, and not read."""
-    size, n = compressed.element_size(), compressed.shape[0]
-    dense = torch.empty((n, k), dtype=compressed.dtype, device=compressed.device)
-    pairs = sparse24.words(compressed, sparse24.PAIR_DTYPE[size])
-    _launch_flat(
-        "decompress",
-        _decompress_kernel,
-        (pairs,),
-        bitmask,
-        (dense.view(sparse24.GROUP_DTYPE[size]),),
-        error,
-        (n, k, size),
-    )
-    return dense
-
-
-def launch_bitmask_compress(dense: Tensor, bitmask: Tensor, error: Tensor) -> Tensor:
-    """Kept values; ``error`` as in `launch_bitmask_decompress`."""
-    size = dense.element_size()
-    n, k = dense.shape
-    compressed = torch.empty((n, k // 2), dtype=dense.dtype, device=dense.device)
-    groups = sparse24.words(dense, sparse24.GROUP_DTYPE[size])
-    _launch_flat(
-        "compress",
-        _compress_kernel,
-        (groups,),
-        bitmask,
-        (compressed.view(sparse24.PAIR_DTYPE[size]),),
-        error,
-        (n, k, size),
-    )
-    return compressed
-
-
-def launch_bitmask_of(dense: Tensor, error: Tensor) -> Tensor:
-    """Bitmask; ``error`` as in `launch_bitmask_decompress`."""
-    size = dense.element_size()
-    n, k = dense.shape
-    bitmask = torch.empty((n, -(-k // 8)), dtype=torch.uint8, device=dense.device)
-    groups = sparse24.words(dense, sparse24.GROUP_DTYPE[size])
-    _launch_flat("mask", _mask_kernel, (groups,), bitmask, (), error, (n, k, size))
-    return bitmask
-
-
-def launch_sm90_compress(dense: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and metadata; ``error`` i64 [1] is lowered to the first wrong row, and not read."""
-    size = dense.element_size()
-    n, k = dense.shape
-    values = torch.empty((n, k // 2), dtype=dense.dtype, device=dense.device)
-    meta = torch.empty(sparse24.meta_shape(n, k), dtype=torch.uint8, device=dense.device)
-    groups = sparse24.words(dense, sparse24.GROUP_DTYPE[size])
-    tensors = (groups, values.view(sparse24.PAIR_DTYPE[size]), meta.view(torch.int16))
-    flags = {"SIZE": size, "WHOLE": k % 16 == 0}
-    _launch_blocks("sm90_compress", _sm90_compress_kernel, tensors, error, (n, k, size), flags)
-    return values, meta
-
-
-def launch_sm90_decompress(values: Tensor, meta: Tensor, n: int, k: int, error: Tensor) -> Tensor:
-    """Dense weight; ``error`` as in `launch_sm90_compress`."""
-    size = values.element_size()
-    dense = torch.empty((n, k), dtype=values.dtype, device=values.device)
-    pairs = sparse24.words(values, sparse24.PAIR_DTYPE[size])
-    units = sparse24.words(meta, torch.int16)
-    tensors = (pairs, units, dense.view(sparse24.GROUP_DTYPE[size]))
-    flags = {"SIZE": size, "WHOLE": k % 16 == 0}
-    _launch_blocks("sm90_decompress", _sm90_decompress_kernel, tensors, error, (n, k, size), flags)
-    return dense
-
-
-def _launch_flat(
-    name: str,
-    kernel: Any,
-    inputs: tuple[Tensor, ...],
-    bitmask: Tensor,
-    outputs: tuple[Tensor, ...],
-    error: Tensor,
-    weight: tuple[int, int, int],
-) -> None:
-    n, k, size = weight
-    if n == 0:
-        return
-    units, warps = FLAT_TILES[name][size]
-    mask = sparse24.words(bitmask, torch.uint8)
-    rows, groups = (1, n * k // 4) if k % 8 == 0 else (n, k // 4)
-    stride = mask.shape[1]
-    word = groups % 4 == 0 and rows == 1
-    if word:
-        mask = mask.view(-1).view(torch.int16)
-    units = min(units, triton.next_power_of_2(triton.cdiv(groups, 4)))
-    grid = (rows * triton.cdiv(groups, units * 4),)
-    with on_device(error.device):
-        kernel[grid](
-            *inputs,
-            mask,
-            *outputs,
-            error,
-            groups,
-            stride,
-            SIZE=size,
-            WORD=word,
-            UNITS=units,
-            num_warps=warps,
-        )
-
-
-def _launch_blocks(
-    name: str,
-    kernel: Any,
-    tensors: tuple[Tensor, ...],
-    error: Tensor,
-    weight: tuple[int, int, int],
-    flags: dict[str, Any],
-) -> None:
-    n, k, size = weight
-    if n == 0:
-        return
-    blocks, warps = BLOCK_TILES[name][size]
-    blocks = min(blocks, triton.next_power_of_2(triton.cdiv(k, 128)))
-    grid = (triton.cdiv(k, 128 * blocks), triton.cdiv(n, 64))
-    with on_device(error.device):
-        kernel[grid](
-            *tensors,
-            error,
-            n,
-            k // 4,
-            EVEN=n % 64 == 0 and k % (128 * blocks) == 0,
-            BLOCKS=blocks,
-            num_warps=warps,
-            **flags,
-        )
-
-
-# Error words that hold _NO_ERROR, by device. A launch takes one out; only a word that was read
-# and found untouched comes back, so none is ever shared or stale.
-_error_words: dict[torch.device, list[Tensor]] = {}
-
-
-def _error_word(device: torch.device) -> Tensor:
-    free = _error_words.setdefault(device, [])
-    try:
-        return free.pop()
-    except IndexError:
-        return torch.full((1,), _NO_ERROR, dtype=torch.int64, device=device)
-
-
-def _first_error(error: Tensor) -> int | None:
-    """What the kernel left in the error word, None where it is untouched; waits for the kernel."""
-    place = int(error.item())
-    if place == _NO_ERROR:
-        _error_words[error.device].append(error)
-        return None
-    return place
-
-
-def _wrong_rows(error: Tensor, row_groups: int) -> slice | None:
-    """Rows that the first wrong unit lies in, None where there is none."""
-    place = _first_error(error)
-    if place is None:
-        return None
-    return slice(place // row_groups, (place + 3) // row_groups + 1)
