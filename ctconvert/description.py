@@ -12,7 +12,7 @@ from ctconvert.checkpoint.header import TensorEntry
 from ctconvert.checkpoint.source import Source
 from ctconvert.errors import BadInputError
 from ctconvert.formats.base import METADATA_NAMES, ModuleTensors, activation_names
-from ctconvert.quantization import (
+from ctconvert.formats.quantization import (
     ModuleScheme,
     QuantizationSettings,
     guess_class,

@@ -21,10 +21,10 @@ from ctconvert.checkpoint.writer import write_durably
 from ctconvert.description import Part
 from ctconvert.dtypes import raw_bytes, same_bits, spec_of
 from ctconvert.errors import BadInputError, ConversionError, UsageError
+from ctconvert.formats.quantization import with_config
 from ctconvert.memory import memory_of, work_bytes
 from ctconvert.planning import ModulePlan, Plan, index_of, summarise
 from ctconvert.progress import Progress
-from ctconvert.quantization import with_config
 from ctconvert.specs import QuantizedWeight, TensorSpec
 from ctconvert.stacking import stack
 from ctconvert.streaming import Copy, Stream, Work

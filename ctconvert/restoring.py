@@ -22,10 +22,10 @@ from ctconvert.description import Part, numbers
 from ctconvert.dtypes import raw_bytes, torch_dtype
 from ctconvert.errors import VerificationError
 from ctconvert.formats.base import ModuleTensors
+from ctconvert.formats.quantization import QuantizationSettings, config_of_method, with_config
 from ctconvert.memory import Memory
 from ctconvert.planning import ModulePlan, index_of, split
 from ctconvert.progress import Progress
-from ctconvert.quantization import QuantizationSettings, config_of_method, with_config
 from ctconvert.specs import TensorSpec
 from ctconvert.stacking import stacked_spec
 from ctconvert.streaming import Copy, Stream, Work

@@ -18,13 +18,13 @@ from builders import (
     sparse24,
     weight_args,
 )
-from compressed_tensors.quantization import QuantizationScheme
 
 from ctconvert.dtypes import same_bits, spec_of
 from ctconvert.formats import FORMATS, Format
 from ctconvert.formats.base import METADATA_NAMES, ModuleTensors
+from ctconvert.formats.quantization import ModuleScheme
+from ctconvert.formats.quantization.reading import read_group
 from ctconvert.layouts import LAYOUTS, TARGETS, Layout
-from ctconvert.quantization import ModuleScheme
 from ctconvert.specs import QuantizedWeight, TensorSpec
 from ctconvert.stacking import can_stack, stack, stacked_spec, unstack
 
@@ -109,7 +109,7 @@ def make(
         "m", {name: spec_of(t) for name, t in tensors.items()}, embedding, (0, 20), values
     )
     sparse = handler.name == "sparse-24-bitmask"
-    parsed = QuantizationScheme.model_validate(group) if group["weights"] else None
+    parsed = read_group("group_0", group) if group["weights"] else None
     scheme = ModuleScheme(handler.name, parsed, "Linear", sparse=sparse)
     spec = handler.spec(described, scheme)
     return handler.decode(tensors, spec), tensors

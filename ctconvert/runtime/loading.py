@@ -16,7 +16,7 @@ from ctconvert import device as devices
 from ctconvert.comparison import find_layout
 from ctconvert.dtypes import torch_dtype
 from ctconvert.errors import ConversionError, UsageError
-from ctconvert.quantization import QuantizationSettings, config_of_method, with_config
+from ctconvert.formats.quantization import QuantizationSettings, config_of_method, with_config
 from ctconvert.restoring import recorded_part, restored_config
 from ctconvert.runtime.bindings import Binding
 from ctconvert.runtime.modules import FusedPart, KernelEmbedding, KernelLinear, TiedHead

@@ -10,7 +10,7 @@ from builders import config_of, group_config, weight_args
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
 from ctconvert.errors import BadInputError
-from ctconvert.quantization import QuantizationSettings, family, guess_class, looks_linear
+from ctconvert.formats.quantization import QuantizationSettings, family, guess_class, looks_linear
 
 
 class Block(torch.nn.Module):
