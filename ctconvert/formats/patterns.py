@@ -1,8 +1,8 @@
 """Names and ``re:`` patterns that mean modules, matched as Python's ``re.match`` does.
 
 A checkpoint is somebody else's file, and ``re`` cannot be bounded: ``re:(a|aa)+$`` runs for years.
-So a pattern that ``re`` accepts is matched by the ``regex`` package, which reads the same syntax and
-whose matches take a timeout.
+So a pattern that ``re`` accepts is matched by the ``regex`` package, which reads the same syntax
+and whose matches take a timeout.
 """
 
 from __future__ import annotations
