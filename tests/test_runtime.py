@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from builders import (
+    DYNAMIC_INT8,
     STATIC_INT8,
     config_of,
     group_config,
@@ -23,6 +24,7 @@ from reference import load_tensors
 from safetensors.torch import save_file
 from test_cli import run
 from test_schemes import FRESH, REAL
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctconvert
 from ctconvert.errors import ConversionError, UsageError, VerificationError
@@ -38,6 +40,8 @@ from ctconvert.runtime import (
     proof,
 )
 from ctconvert.runtime.proof import TOLERANCE
+
+DYNAMIC_FP8 = DYNAMIC_INT8 | {"type": "float"}
 
 #: One real checkpoint a layout; the slow ones of them are left to the GPU.
 ONE_EACH = (
@@ -89,6 +93,52 @@ def test_kernels_agree_with_the_reference_on_the_gpu(name: str, fuse: bool, tmp_
             out = converted(name, target, tmp_path / target, fuse=fuse)
             report = ctconvert.verify(out, kernels=True, device="cuda")["kernels"]
             assert set(report) == layouts
+
+
+class ReciprocalDivision(TorchDispatchMode):
+    """Division by a plain number as CUDA computes it: times the reciprocal."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.div.Tensor and not isinstance(args[1], torch.Tensor):
+            return args[0] * (1 / torch.tensor(args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["fp8 token", "fp8 2:4", "fp8 block", "int8 token"])
+def test_activations_are_quantised_alike_on_every_device(kind: str, tmp_path: Path) -> None:
+    """Of tokens whose largest value makes their quotients lie half-way between two codes."""
+    eight = {"float": DYNAMIC_FP8, "int": DYNAMIC_INT8}["int" if "int" in kind else "float"]
+    blocks = {"strategy": "block", "block_structure": [128, 128]} if "block" in kind else {}
+    weights = weight_args(8, None, kind=eight["type"]) | blocks
+    inputs = eight | ({"strategy": "group", "group_size": 128} if blocks else {})
+    group = group_config(weights, format=f"{eight['type']}-quantized", inputs=inputs)
+    n, k = 128, 256
+    config = config_of(group)
+    if "2:4" in kind:
+        made = sparse24(n, k, group, 1)
+        config["sparsity_config"] = {"format": "sparse-24-bitmask", "targets": ["Linear"]}
+    else:
+        made = quantised(n, k, group, 1)
+    tensors = {f"model.down_proj.{local}": value for local, value in made.items()}
+    source = write_checkpoint(tmp_path / "in", tensors, config)
+    target = "cuda" if "2:4" in kind else "triton"
+    ctconvert.repack(source, tmp_path / "out", target=target, device="cpu")
+    module = load(tmp_path / "out", "cpu")["model.down_proj"]
+    assert isinstance(module, KernelLinear)
+    # Of all of bfloat16's, the numbers that the reciprocal changes most by.
+    largest = 49 / 16 if eight["type"] == "float" else 143 / 128
+    x = ((torch.rand(64, k) * 2 - 1) * largest).bfloat16()
+    x[:, ::64] = largest
+    expected = proof._quantised_activations(module, x)
+    scale = torch.tensor(largest / (448.0 if eight["type"] == "float" else 127.0))
+    codes = x.float() / scale
+    codes = codes.round() if eight["type"] == "int" else codes.to(torch.float8_e4m3fn)
+    assert torch.equal(expected, codes.double() * scale.double())
+    with ReciprocalDivision():
+        assert torch.equal(proof._quantised_activations(module, x), expected)
+    if GPU:
+        module.cuda()
+        assert torch.equal(proof._quantised_activations(module, x.cuda()).cpu(), expected)
 
 
 def test_every_layout_can_be_run() -> None:

@@ -71,7 +71,9 @@ def _quantised_activations(module: KernelLinear, x: torch.Tensor) -> torch.Tenso
         return x.double()
     # The scheme's own steps, which are float32's: another precision would round some the other way.
     wide = x.float()
-    limit = 127.0 if spec.kind == "int" else 448.0
+    # In a tensor: CUDA multiplies by the reciprocal of a plain number, which is another scale and
+    # moves every quotient that lies between two codes to the same side.
+    limit = wide.new_tensor(127.0 if spec.kind == "int" else 448.0)
     zero = torch.zeros((), device=x.device)
     if "input_scale" in tensors:
         scale = tensors["input_scale"]

@@ -68,7 +68,8 @@ def quantize_per_token_reference(
     values = torch.nn.functional.pad(x.float(), (0, groups * size - k))
     values = values.reshape(*x.shape[:-1], groups, size)
     largest = torch.nan_to_num(values.abs(), nan=torch.inf, posinf=torch.inf).amax(-1, keepdim=True)
-    scale = largest / _LARGEST[dtype]
+    # In a tensor: CUDA multiplies by the reciprocal of a plain number, which is another scale.
+    scale = largest / largest.new_tensor(_LARGEST[dtype])
     scale = torch.where(scale == 0, 1.0, scale)
     quantized = _to_quantized(values / scale, None, dtype)
     quantized = quantized.reshape(*x.shape[:-1], groups * size)[..., :k].contiguous()
