@@ -184,9 +184,12 @@ def verify(
         assert isinstance(files, LocalFiles)
         report["against"] = verify_against(Path(out), Source.open(files), shown, count)
     if kernels:
+        from msgspec.structs import asdict
+
         from ctconvert.runtime.proof import verify_kernels
 
-        report["kernels"] = verify_kernels(Path(out), device, shown)
+        runs = map(asdict, verify_kernels(Path(out), device, shown))
+        report["kernels"] = {run.pop("layout"): run for run in runs}
     return report
 
 

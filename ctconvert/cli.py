@@ -396,18 +396,20 @@ def bench(
     """
     with _failures(device):
         rows = _counts(m)
+        from msgspec import to_builtins
+
         from ctconvert.console import print_json
-        from ctconvert.runtime import benchmark
+        from ctconvert.runtime import benchmark, chart
 
         if plot is not None:
-            benchmark.check_plot(plot)
+            chart.check_plot(plot)
         found = benchmark.bench(out, device, rows)
         if json_:
-            print_json(found)
+            print_json(to_builtins(found))
         else:
-            _print_times(found)
+            _print_times(to_builtins(found))
         if plot is not None:
-            benchmark.plot(found, plot)
+            chart.plot(found, plot)
 
 
 def _print_times(found: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from ctconvert.dtypes import torch_dtype
 from ctconvert.errors import ConversionError, UsageError
 from ctconvert.quantization import QuantizationSettings, config_of_method, with_config
 from ctconvert.restoring import recorded_part, restored_config
-from ctconvert.runtime.bindings import Binding
+from ctconvert.runtime.kernels import Binding
 from ctconvert.runtime.modules import FusedPart, KernelEmbedding, KernelLinear, TiedHead
 from ctconvert.stacking import stacked_spec
 from ctconvert.verification import Output
@@ -44,8 +44,12 @@ def bindings(output: Output) -> dict[str, Binding]:
         find_layout(name, record["layout"], record["layout_version"])
         parts = [recorded_part(item, record, settings).part for item in record["parts"]]
         spec = stacked_spec([part.spec for part in parts])
+        n, k = record["details"].get("padded_shape", (spec.n, spec.k))
         found[name] = Binding(
-            record["layout"], spec, record["details"], tuple(part.spec.n for part in parts)
+            layout=record["layout"],
+            spec=spec,
+            padded=(n, k),
+            widths=tuple(part.spec.n for part in parts),
         )
     return found
 
