@@ -45,6 +45,7 @@ FORBIDDEN = {
         "ctconvert.runtime",
     ),
     "planning.py": ("ctconvert.execution", "ctconvert.verification", "ctconvert.runtime"),
+    "runtime": ("ctconvert.formats", "ctconvert.planning", "ctconvert.execution"),
     "runtime/kernels": ("ctconvert.formats", "ctconvert.layouts", "ctconvert.checkpoint"),
 }
 

@@ -527,7 +527,7 @@ def test_gpu_large_against_the_reference(m: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 24, 2048])
+@pytest.mark.parametrize("m", [1, 2048])
 def test_gpu_compile_and_graph(m: int) -> None:
     p = Problem(m, 512, 1024, group=128, dtype=BF16, bias=True)
     eager = p.run()

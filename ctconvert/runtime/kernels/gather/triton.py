@@ -18,6 +18,26 @@ from ctconvert.runtime.kernels.gather.reference import check_range
 
 
 @triton.jit
+def _row(ids_ptr, rows):
+    """The program's row of the result, its id (0 where that is outside the table), whether not."""
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(ids_ptr + row).to(tl.int64)
+    known = (token >= 0) & (token < rows)
+    return row, tl.where(known, token, 0), known
+
+
+@triton.jit
+def _value(code, at, inside, scale_ptr, zero_ptr, BITS: tl.constexpr, HAS_ZERO: tl.constexpr):
+    """(code - zero) * scale in f32 with the scale and zero point ``at``; NaN if not ``inside``."""
+    scale = tl.load(scale_ptr + at, mask=inside, other=float("nan")).to(tl.float32)
+    if HAS_ZERO:
+        code -= tl.load(zero_ptr + at, mask=inside, other=0).to(tl.int32)
+    else:
+        code -= 1 << (BITS - 1)
+    return code.to(tl.float32) * scale
+
+
+@triton.jit
 def _gather_words(
     ids_ptr,
     packed_ptr,
@@ -36,10 +56,7 @@ def _gather_words(
     HAS_ZERO: tl.constexpr,
     BLOCK: tl.constexpr,  # words
 ):
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(ids_ptr + row).to(tl.int64)
-    known = (token >= 0) & (token < rows)
-    token = tl.where(known, token, 0)
+    row, token, known = _row(ids_ptr, rows)
     readable = tl.where(known, words, 0)
     w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     k = w[:, None] * CODES + tl.arange(0, CODES)[None, :]
@@ -57,13 +74,8 @@ def _gather_words(
         group = k // SIZE
         inside = (k < hidden) & (w < readable)[:, None]
     at = token * groups + group
-    scale = tl.load(scale_ptr + at, mask=inside, other=float("nan")).to(tl.float32)
-    if HAS_ZERO:
-        code -= tl.load(zero_ptr + at, mask=inside, other=0).to(tl.int32)
-    else:
-        code -= 1 << (BITS - 1)
-    value = (code.to(tl.float32) * scale).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * hidden + k, value, mask=k < hidden)
+    value = _value(code, at, inside, scale_ptr, zero_ptr, BITS, HAS_ZERO)
+    tl.store(out_ptr + row * hidden + k, value.to(out_ptr.dtype.element_ty), mask=k < hidden)
 
 
 @triton.jit
@@ -83,10 +95,7 @@ def _gather_codes(
     HAS_ZERO: tl.constexpr,
     BLOCK: tl.constexpr,  # codes
 ):
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(ids_ptr + row).to(tl.int64)
-    known = (token >= 0) & (token < rows)
-    token = tl.where(known, token, 0)
+    row, token, known = _row(ids_ptr, rows)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = k < tl.where(known, hidden, 0)
     if DENSE:
@@ -103,13 +112,8 @@ def _gather_codes(
     code = (code & ((1 << BITS) - 1)).to(tl.int32)
 
     group = token * groups + k // SIZE
-    scale = tl.load(scale_ptr + group, mask=inside, other=float("nan")).to(tl.float32)
-    if HAS_ZERO:
-        code -= tl.load(zero_ptr + group, mask=inside, other=0).to(tl.int32)
-    else:
-        code -= 1 << (BITS - 1)
-    value = (code.to(tl.float32) * scale).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * hidden + k, value, mask=k < hidden)
+    value = _value(code, group, inside, scale_ptr, zero_ptr, BITS, HAS_ZERO)
+    tl.store(out_ptr + row * hidden + k, value.to(out_ptr.dtype.element_ty), mask=k < hidden)
 
 
 def gather(

@@ -3,7 +3,7 @@
 // CUTLASS wants the sparse operand as A, so the product is computed transposed: A is the weight
 // [N, K] (kept values and metadata), B is x^T, and the column-major D [N, tokens] is the row-major
 // result [tokens, N]. One object file holds one variant (tile, cluster, schedule); the macros
-// below come from the variant table of sparse24.py:
+// below come from the variant table of cutlass.py:
 //   CT_NAME        exported symbol
 //   CT_ELEMENT     element of the weight and of x
 //   CT_ACCUMULATOR float or int32_t
