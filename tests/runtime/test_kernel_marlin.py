@@ -435,10 +435,13 @@ def test_gpu_gemm(bits: int, n: int, k: int, group_size: int) -> None:
     # A pair of zero points and dtype is a compilation of every tile: each width meets all four,
     # each group size two.
     first = (n > 1024) == (bits == 4)
-    for zero_point, dtype in ((first, torch.bfloat16), (not first, torch.float16)):
+    for zero_point, dtype, tokens in (
+        (first, torch.bfloat16, (1, 50, 700)),
+        (not first, torch.float16, (17, 100, 256)),
+    ):
         qzeros = random_words(k // rows, n * bits // 32) if zero_point else None
         weight = marlin_dequantize(qweight, scales, qzeros, **shape).double()
-        for m in (1, 17, 50, 256, 700):
+        for m in tokens:
             x = torch.randn(m, k, device="cuda").to(dtype)
             bias = torch.randn(n, device="cuda").to(dtype)
             out = marlin_gemm(x, qweight, scales, qzeros, order, bias, **shape)

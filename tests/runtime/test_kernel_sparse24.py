@@ -496,11 +496,18 @@ def test_every_cutlass_variant(dtype: torch.dtype) -> None:
     n, k, tokens = 520, 416, 300
     weight, meta, _ = naive_layout(n, k, dtype)
     x = random_values((tokens, k), dtype, 9)
-    out_dtype = natural_out(dtype)
-    wanted = sparse24_mm_reference(x, weight, meta, k=k, out_dtype=out_dtype)
+    out_dtype, scale = natural_out(dtype), torch.tensor([2.0**-6])  # f16 ends at 65504
+    wanted = sparse24_mm_reference(x, weight, meta, k=k, x_scale=scale, out_dtype=out_dtype)
+    assert torch.isfinite(wanted).all()
     for variant in range(len(cutlass.VARIANTS[dtype.itemsize])):
         out = cutlass.sparse24_mm(
-            x.cuda(), weight.cuda(), meta.cuda(), k=k, out_dtype=out_dtype, variant=variant
+            x.cuda(),
+            weight.cuda(),
+            meta.cuda(),
+            k=k,
+            x_scale=scale.cuda(),
+            out_dtype=out_dtype,
+            variant=variant,
         )
         assert relative_error(out.cpu(), wanted.double()) < 3e-3, variant
 
