@@ -239,7 +239,8 @@ def verify(
     if kernels:
         from ctconvert.runtime.proof import verify_kernels
 
-        found = replace(found, kernels=verify_kernels(path, device, shown))
+        runs = verify_kernels(path, device, shown)
+        found = replace(found, kernels={run.layout: run for run in runs})
     return found
 
 
@@ -273,7 +274,8 @@ def restore(
         ConversionError: the disk is full.
     """
     from ctconvert.work.build import Settings, build
-    from ctconvert.work.staging import check_place, recover
+    from ctconvert.work.places import check_place
+    from ctconvert.work.staging import recover
     from ctconvert.work.verify import verify_output
 
     settings = Settings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -44,3 +45,22 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
         monkeypatch.setattr(dispatch, "has_kernels", lambda tensor: True)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def cutlass() -> None:
+    """The 2:4 kernels of every element type, compiled side by side; skips where they cannot be."""
+    from ctconvert.runtime import nvcc
+    from ctconvert.runtime.kernels.sparse24.cutlass import library
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the 2:4 kernels need compute capability 9.0")
+    try:
+        nvcc.find_nvcc()
+        nvcc.cutlass_include()
+    except nvcc.KernelUnavailableError as missing:
+        pytest.skip(str(missing))
+    f16, bf16 = torch.float16, torch.bfloat16
+    types = ((f16, f16), (bf16, bf16), (torch.int8, f16), (torch.float8_e4m3fn, bf16))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda pair: library(*pair), types))

@@ -35,14 +35,9 @@ from ctconvert.store.writer import LocalSink
 from ctconvert.version import __version__
 from ctconvert.work.executors import Executor
 from ctconvert.work.jobs import Context, CopyJob, HashJob, Job
-from ctconvert.work.staging import (
-    Identity,
-    Staging,
-    check_place,
-    discard_leftovers,
-    recover,
-    unfinished_run,
-)
+from ctconvert.work.journal import Identity
+from ctconvert.work.places import check_place
+from ctconvert.work.staging import Staging, discard_leftovers, recover, unfinished_run
 from ctconvert.work.verify import verify_output
 
 

@@ -10,65 +10,36 @@ whatever runs next after a kill between the two renames brings it back (:func:`r
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
 import shutil
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
 from ctconvert.errors import ConversionError, UsageError
-from ctconvert.store.checkpoint import MANIFEST
-from ctconvert.store.local import LocalStore
 from ctconvert.store.writer import LocalSink, cannot_write, fsync_directory
+from ctconvert.work.journal import (
+    Begin,
+    Commit,
+    Identity,
+    ShardDone,
+    SourceDone,
+    read_journal,
+)
+from ctconvert.work.places import (
+    check_replaceable,
+    exchange,
+    in_use,
+    is_empty,
+    partial_of,
+    remove,
+)
 
 _CHECKPOINT, _JOURNAL, _OLD = "checkpoint", "journal.jsonl", "old"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-
-
-class Identity(Struct, frozen=True):
-    """What a partial output is made of: what was asked for, the plan, and the source's files.
-
-    ``options`` and ``plan`` are hashes, ``sources`` fingerprints by file.
-    """
-
-    options: str
-    plan: str
-    sources: dict[str, str]
-
-
-class Begin(Struct, frozen=True, tag="begin"):
-    """The journal's first line; ``overwrite`` says that OUT may be replaced."""
-
-    identity: Identity
-    overwrite: bool
-
-
-class ShardDone(Struct, frozen=True, tag="shard"):
-    """A finished shard, with the SHA-256 of its tensors."""
-
-    name: str
-    tensors: dict[str, str]
-
-
-class SourceDone(Struct, frozen=True, tag="source"):
-    """A source file's SHA-256."""
-
-    name: str
-    sha256: str
-
-
-class Commit(Struct, frozen=True, tag="commit"):
-    """The output is complete and verified; the hash of its manifest."""
-
-    manifest: str
-
-
-_ENTRY = msgspec.json.Decoder(Begin | ShardDone | SourceDone | Commit)
 
 
 class Staging:
@@ -130,7 +101,7 @@ class Staging:
         """What an unfinished run began with, where it may be continued or cleared away."""
         first = unfinished_run(self.out)
         unfinished = self._journal.exists()
-        if self.root.exists() and not (self.root.is_dir() and (unfinished or _is_empty(self.root))):
+        if self.root.exists() and not (self.root.is_dir() and (unfinished or is_empty(self.root))):
             raise UsageError(
                 f"{self.root} is in the way, and it is no unfinished conversion; move it or choose "
                 "another place"
@@ -190,7 +161,7 @@ class Staging:
         try:
             for path in self.folder.iterdir():
                 if path.name not in names:
-                    _remove(path)
+                    remove(path)
         except OSError as error:
             raise cannot_write(self.folder, error) from None
         self.shards = {name: found for name, found in self.shards.items() if name in names}
@@ -285,7 +256,7 @@ class Staging:
     def _replace_in_two_steps(self) -> None:
         """Moves OUT aside first; where the second step fails, it is brought back."""
         old = self.root / _OLD
-        _remove(old)
+        remove(old)
         self.out.rename(old)
         try:
             self.folder.rename(self.out)
@@ -295,7 +266,7 @@ class Staging:
 
     def _clear(self) -> None:
         for name in (_CHECKPOINT, _OLD, _JOURNAL):
-            _remove(self.root / name)
+            remove(self.root / name)
 
     def discard(self) -> None:
         """Removes the partial output."""
@@ -311,56 +282,10 @@ class Staging:
             self._lock = None
 
 
-def partial_of(out: Path) -> Path:
-    """Where the output of that name is built."""
-    return out.with_name(out.name + ".partial")
-
-
 def unfinished_run(out: Path) -> Begin | None:
     """How the unfinished run beside an output began, where there is one that says so."""
     first = read_journal(partial_of(out) / _JOURNAL)[:1]
     return first[0] if first and isinstance(first[0], Begin) else None
-
-
-def read_journal(path: Path, mend: bool = False) -> list[Begin | ShardDone | SourceDone | Commit]:
-    """A journal's entries, up to a line that a kill cut short; ``mend`` removes that one."""
-    try:
-        if not path.is_file():
-            return []
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError:
-        return []
-    found = []
-    size = 0
-    for line in lines:
-        try:
-            entry = _ENTRY.decode(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
-            break
-        found.append(entry)
-        size += len(line)
-    if mend:
-        os.truncate(path, size)
-    return found
-
-
-def exchange(a: Path, b: Path) -> bool:
-    """Exchanges two directories in one step; False where the system cannot.
-
-    Raises:
-        OSError: it can, and refuses these.
-    """
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-        return False
-    raise OSError(number, os.strerror(number), str(b))
 
 
 def recover(out: Path) -> None:
@@ -417,122 +342,5 @@ def discard_leftovers(out: Path, options: str) -> None:
             return
         with suppress(OSError):
             for name in (_CHECKPOINT, _OLD, _JOURNAL):
-                _remove(root / name)
+                remove(root / name)
             root.rmdir()
-
-
-def check_replaceable(out: Path) -> None:
-    """Refuses to replace what ctconvert has not made.
-
-    Raises:
-        UsageError: it has no sound manifest, or it holds files that are not in it.
-    """
-    if not out.is_dir() or out.is_symlink():
-        raise UsageError(f"{out} is no directory; only a checkpoint of ctconvert's is replaced")
-    with closing(LocalStore(out)) as store:
-        if MANIFEST not in store.sizes():
-            raise UsageError(
-                f"{out} has no {MANIFEST}, so ctconvert did not make it, and it is not replaced; "
-                "remove it yourself or choose another place"
-            )
-        files = replaceable_files(store)
-    if files is None:
-        raise UsageError(
-            f"{out / MANIFEST} is damaged, so what ctconvert made is not known, and it is not "
-            "replaced; remove it yourself or choose another place"
-        )
-    known = {MANIFEST, *files}
-    for folder, subfolders, names in os.walk(out):
-        at = Path(folder)
-        links = [name for name in subfolders if (at / name).is_symlink()]
-        for name in [*names, *links]:
-            found = (at / name).relative_to(out).as_posix()
-            if found not in known:
-                raise UsageError(
-                    f"{out} holds {found}, which ctconvert did not make and --overwrite would "
-                    "remove; move it or choose another place"
-                )
-
-
-class _AnyManifest(Struct):
-    """What every version of the manifest holds."""
-
-    class _Tool(Struct):
-        name: str
-
-    tool: _Tool
-    files: dict[str, msgspec.Raw] | list[msgspec.Raw]
-
-
-class _Named(Struct):
-    name: str
-
-
-def replaceable_files(store: LocalStore) -> list[str] | None:
-    """The files that a manifest of any version lists; None where it is none of ctconvert's."""
-    try:
-        found = msgspec.json.decode(store.read(MANIFEST), type=_AnyManifest)
-        if found.tool.name != "ctconvert":
-            return None
-        if isinstance(found.files, dict):
-            return list(found.files)
-        return [msgspec.json.decode(item, type=_Named).name for item in found.files]
-    except (ValueError, RecursionError):
-        return None
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
-def in_use(path: Path) -> bool:
-    """Whether something other than an empty directory stands there."""
-    return os.path.lexists(path) and not (_is_empty(path) and not path.is_symlink())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def check_place(source: Path | None, out: Path) -> Path:
-    """Where an output may be made.
-
-    Args:
-        source: the directory it is made of, where it is one.
-        out: the directory the user named.
-
-    Returns:
-        the directory to make: what a link leads to, since the partial output lies beside it.
-
-    Raises:
-        UsageError: it is the source, inside or around it, or the current directory.
-    """
-    if out.is_symlink() or out.name in ("", ".."):
-        out = out.resolve()
-    if source is not None:
-        check_apart(source, out)
-        check_apart(source, partial_of(out))
-    current = Path.cwd().resolve()
-    if out.resolve() in (current, *current.parents):
-        raise UsageError(
-            f"{out} is the current directory or holds it, and cannot be replaced; name another"
-        )
-    return out
-
-
-def check_apart(source: Path, out: Path) -> None:
-    """Refuses an output equal to, inside or around the source.
-
-    Raises:
-        UsageError: it is.
-    """
-    real_source, real_out = source.resolve(), out.resolve()
-    if real_source == real_out:
-        raise UsageError(f"{out}: the output is the source itself; choose another directory")
-    if real_source in real_out.parents:
-        raise UsageError(f"{out}: the output lies inside the source {source}; choose another place")
-    if real_out in real_source.parents:
-        raise UsageError(f"{out}: the source {source} lies inside the output; choose another place")

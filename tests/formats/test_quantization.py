@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders import config_of, group_config, weight_args
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from support.builders import config_of, group_config, weight_args
 
 from ctconvert.errors import BadInputError
 from ctconvert.formats.quantization import QuantizationSettings, family, guess_class, looks_linear

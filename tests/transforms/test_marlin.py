@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
+from support.paths import ROOT
 
 from ctconvert.transforms import threads
 from ctconvert.transforms.marlin import (

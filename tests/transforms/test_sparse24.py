@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors import safe_open
+from support.paths import ROOT
 from torch import Tensor
 
 from ctconvert.transforms import sparse24, threads

@@ -21,7 +21,8 @@ from ctconvert.errors import BadInputError, ConversionError, UsageError, Verific
 from ctconvert.progress import Silent
 from ctconvert.store.local import LocalStore
 from ctconvert.work.build import Settings, build
-from ctconvert.work.staging import Commit, read_journal, recover
+from ctconvert.work.journal import Commit, read_journal
+from ctconvert.work.staging import recover
 
 if TYPE_CHECKING:
     from .conftest import Place

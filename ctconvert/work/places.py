@@ -1,0 +1,158 @@
+"""Directories that an output may be made in, and that it may replace."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from ctconvert.errors import UsageError
+from ctconvert.store.checkpoint import MANIFEST
+from ctconvert.store.local import LocalStore
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def partial_of(out: Path) -> Path:
+    """Where the output of that name is built."""
+    return out.with_name(out.name + ".partial")
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Exchanges two directories in one step; False where the system cannot.
+
+    Raises:
+        OSError: it can, and refuses these.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(b))
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuses to replace what ctconvert has not made.
+
+    Raises:
+        UsageError: it has no sound manifest, or it holds files that are not in it.
+    """
+    if not out.is_dir() or out.is_symlink():
+        raise UsageError(f"{out} is no directory; only a checkpoint of ctconvert's is replaced")
+    with closing(LocalStore(out)) as store:
+        if MANIFEST not in store.sizes():
+            raise UsageError(
+                f"{out} has no {MANIFEST}, so ctconvert did not make it, and it is not replaced; "
+                "remove it yourself or choose another place"
+            )
+        files = replaceable_files(store)
+    if files is None:
+        raise UsageError(
+            f"{out / MANIFEST} is damaged, so what ctconvert made is not known, and it is not "
+            "replaced; remove it yourself or choose another place"
+        )
+    known = {MANIFEST, *files}
+    for folder, subfolders, names in os.walk(out):
+        at = Path(folder)
+        links = [name for name in subfolders if (at / name).is_symlink()]
+        for name in [*names, *links]:
+            found = (at / name).relative_to(out).as_posix()
+            if found not in known:
+                raise UsageError(
+                    f"{out} holds {found}, which ctconvert did not make and --overwrite would "
+                    "remove; move it or choose another place"
+                )
+
+
+class _AnyManifest(Struct):
+    """What every version of the manifest holds."""
+
+    class _Tool(Struct):
+        name: str
+
+    tool: _Tool
+    files: dict[str, msgspec.Raw] | list[msgspec.Raw]
+
+
+class _Named(Struct):
+    name: str
+
+
+def replaceable_files(store: LocalStore) -> list[str] | None:
+    """The files that a manifest of any version lists; None where it is none of ctconvert's."""
+    try:
+        found = msgspec.json.decode(store.read(MANIFEST), type=_AnyManifest)
+        if found.tool.name != "ctconvert":
+            return None
+        if isinstance(found.files, dict):
+            return list(found.files)
+        return [msgspec.json.decode(item, type=_Named).name for item in found.files]
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def in_use(path: Path) -> bool:
+    """Whether something other than an empty directory stands there."""
+    return os.path.lexists(path) and not (is_empty(path) and not path.is_symlink())
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_place(source: Path | None, out: Path) -> Path:
+    """Where an output may be made.
+
+    Args:
+        source: the directory it is made of, where it is one.
+        out: the directory the user named.
+
+    Returns:
+        the directory to make: what a link leads to, since the partial output lies beside it.
+
+    Raises:
+        UsageError: it is the source, inside or around it, or the current directory.
+    """
+    if out.is_symlink() or out.name in ("", ".."):
+        out = out.resolve()
+    if source is not None:
+        check_apart(source, out)
+        check_apart(source, partial_of(out))
+    current = Path.cwd().resolve()
+    if out.resolve() in (current, *current.parents):
+        raise UsageError(
+            f"{out} is the current directory or holds it, and cannot be replaced; name another"
+        )
+    return out
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Refuses an output equal to, inside or around the source.
+
+    Raises:
+        UsageError: it is.
+    """
+    real_source, real_out = source.resolve(), out.resolve()
+    if real_source == real_out:
+        raise UsageError(f"{out}: the output is the source itself; choose another directory")
+    if real_source in real_out.parents:
+        raise UsageError(f"{out}: the output lies inside the source {source}; choose another place")
+    if real_out in real_source.parents:
+        raise UsageError(f"{out}: the source {source} lies inside the output; choose another place")
