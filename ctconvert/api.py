@@ -237,7 +237,8 @@ def verify(
     if kernels:
         from ctconvert.runtime.proof import verify_kernels
 
-        found = replace(found, kernels=verify_kernels(path, device, shown))
+        runs = verify_kernels(path, device, shown)
+        found = replace(found, kernels={run.layout: run for run in runs})
     return found
 
 

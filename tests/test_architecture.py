@@ -53,7 +53,6 @@ MAY_IMPORT: Mapping[str, set[str]] = {
 
 #: Longer than they may be, for now.
 TO_BE_SPLIT = {
-    "ctconvert.records",
     "ctconvert.formats.quantization",
     "ctconvert.transforms.marlin",
     "ctconvert.transforms.packed",

@@ -19,7 +19,7 @@ from support.models import options, repack, restore, tree, write_model
 from ctconvert import api, formats, layouts
 from ctconvert.dtypes import same_bits
 from ctconvert.formats import Format, ModuleTensors
-from ctconvert.formats.base import scale_spec, storage_of
+from ctconvert.formats.base import scale_spec, weight_spec, weights_of
 from ctconvert.formats.quantization import ModuleScheme
 from ctconvert.layouts import Layout
 from ctconvert.output import Output
@@ -96,19 +96,9 @@ class Mirrored(Format):
     weight_name = "weight_mirrored"
 
     def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:
-        fields = storage_of(scheme, tensors)
         n, k = tensors.check(self.weight_name, ("I8",), rank=2).shape
-        dtype, shape = scale_spec(tensors, fields, n, k)
-        return WeightSpec(
-            format=self.name,
-            n=n,
-            k=k,
-            storage="plain",
-            element="I8",
-            scale_dtype=dtype,
-            scale_shape=shape,
-            **fields,
-        )
+        scale = scale_spec(tensors, weights_of(scheme, tensors), n, k)
+        return weight_spec(scheme, tensors, n=n, k=k, storage="plain", scale=scale, element="I8")
 
     def parameter_names(self, spec: WeightSpec) -> tuple[str, ...]:
         return self.weight_name, "weight_scale"

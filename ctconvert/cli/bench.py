@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ctconvert.cli.failures import failures
 from ctconvert.cli.options import Json, KernelDevice, Out, parse_counts
 from ctconvert.cli.sink import Sink
+
+if TYPE_CHECKING:
+    from ctconvert.runtime.benchmark import BenchReport, BenchRow
 
 
 def bench(
@@ -34,25 +37,25 @@ def bench(
     """
     with failures(device):
         rows = parse_counts(m)
-        from ctconvert.runtime import benchmark
+        from ctconvert.runtime import benchmark, chart
 
         if plot is not None:
-            benchmark.check_plot(plot)
+            chart.check_plot(plot)
         found = benchmark.bench(out, device, rows)
         Sink(json_).show(found, _print)
         if plot is not None:
-            benchmark.plot(found, plot)
+            chart.plot(found, plot)
 
 
-def _print(sink: Sink, found: dict[str, Any]) -> None:
+def _print(sink: Sink, found: BenchReport) -> None:
     limits = ", ".join(
-        f"{kind} matmul {rate / 1e12:.2f} TFLOP/s" for kind, rate in found["matmul_flops"].items()
+        f"{kind} matmul {rate / 1e12:.2f} TFLOP/s" for kind, rate in found.matmul_flops.items()
     )
-    copy = found["copy_bytes_per_second"] / 1e12
-    sink.line(f"{found['device']}: copy {copy:.3f} TB/s, {limits}, measured now")
+    copy = found.copy_bytes_per_second / 1e12
+    sink.line(f"{found.device}: copy {copy:.3f} TB/s, {limits}, measured now")
     columns = ["layout", "weights", "N x K", "M", "us", "TB/s", "TFLOP/s", "in", "floor us"]
-    sink.table([*columns, "dense us", "dense/ours"], map(_cells, found["rows"]))
-    products = {row["product"]: row["product_flops"] for row in found["rows"]}
+    sink.table([*columns, "dense us", "dense/ours"], map(_cells, found.rows))
+    products = {row.product: row.product_flops for row in found.rows}
     for product, limit in products.items():
         if product is None:
             sink.line(
@@ -69,18 +72,18 @@ def _print(sink: Sink, found: dict[str, Any]) -> None:
             )
 
 
-def _cells(row: dict[str, Any]) -> tuple[object, ...]:
-    seconds, flops, dense = row["seconds"], row["flops"], row["dense_seconds"]
+def _cells(row: BenchRow) -> tuple[object, ...]:
+    seconds, flops, dense = row.seconds, row.flops, row.dense_seconds
     return (
-        row["layout"],
-        row["weights"],
-        f"{row['n']}x{row['k']}",
-        row["m"],
+        row.layout,
+        row.weights,
+        f"{row.n}x{row.k}",
+        row.m,
         _number(seconds * 1e6, 1),
-        _number(row["bytes_per_second"] / 1e12, 3),
+        _number(row.bytes_per_second / 1e12, 3),
         _number(flops and flops / 1e12, 2),
-        row["product"] or "",
-        _number(row["floor_seconds"] * 1e6, 1),
+        row.product or "",
+        _number(row.floor_seconds * 1e6, 1),
         _number(dense and dense * 1e6, 1),
         _number(dense and dense / seconds, 2),
     )

@@ -69,6 +69,6 @@ def _print(sink: Sink, found: Verified, out: Path, source: str | None) -> None:
         sink.line(f"{out}: holds no converted module, so there is no kernel to run")
     for layout, run in (found.kernels or {}).items():
         sink.line(
-            f"{out}: ok, {run['modules']} {layout} kernels within {run['tolerance']:.0e} of "
-            f"the reference; worst {run['worst_error']:.1e} ({run['module']}, {run['case']})"
+            f"{out}: ok, {run.modules} {layout} kernels within {run.tolerance:.0e} of "
+            f"the reference; worst {run.worst_error:.1e} ({run.module}, {run.case})"
         )

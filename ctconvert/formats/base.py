@@ -5,15 +5,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from ctconvert.errors import BadInputError
-from ctconvert.formats.quantization import ModuleScheme, activations_label, family
-from ctconvert.specs import SCALE_DTYPES, QuantizedWeight, TensorSpec, WeightSpec
+from ctconvert.formats.quantization import ModuleScheme, QuantArgs, activations_label, family
+from ctconvert.specs import (
+    SCALE_DTYPES,
+    Dtype,
+    Packing,
+    QuantizedWeight,
+    TensorSpec,
+    WeightSpec,
+)
 
 if TYPE_CHECKING:
     import torch
-    from compressed_tensors.quantization import QuantizationArgs
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,13 @@ METADATA_NAMES = frozenset(
 )
 
 
+class ScaleSpec(NamedTuple):
+    """Dtype and logical 2-D shape of a weight scale."""
+
+    dtype: Dtype
+    shape: tuple[int, int]
+
+
 class Format(ABC):
     """A compressed-tensors format. Stateless; knows tensors by local names, never by file."""
 
@@ -108,34 +121,65 @@ def check_not_empty(tensors: ModuleTensors, n: int, k: int) -> None:
         raise tensors.error(f"its weight is [{n}, {k}], which has no elements")
 
 
-def storage_of(scheme: ModuleScheme, tensors: ModuleTensors) -> dict[str, Any]:
-    """The fields of a :class:`WeightSpec` that every INT or FP8 format fills alike."""
-    args = scheme.scheme.weights if scheme.scheme else None
-    if args is None:
+def weights_of(scheme: ModuleScheme, tensors: ModuleTensors) -> QuantArgs:
+    """How the config says the weight is quantised.
+
+    Raises:
+        BadInputError: it says nothing of weights.
+    """
+    if scheme.weights is None:
         raise tensors.error(
             f"its config group has no weight scheme, but {scheme.format} tensors are stored; "
             "the config and the tensors contradict each other"
         )
+    return scheme.weights
+
+
+def weight_spec(
+    scheme: ModuleScheme,
+    tensors: ModuleTensors,
+    *,
+    n: int,
+    k: int,
+    storage: Literal["packed", "plain"],
+    scale: ScaleSpec,
+    element: Dtype = "I32",
+    packing: Packing = "dense",
+    has_g_idx: bool = False,
+    sparse: bool = False,
+) -> WeightSpec:
+    """The spec of a quantised weight: what a format found, and what the config says of it."""
+    args = weights_of(scheme, tensors)
     side, zero_points = side_scales(scheme, tensors)
     inputs = scheme.scheme.input_activations if scheme.scheme else None
-    return {
-        "family": family(scheme, scheme.format, tensors.embedding),
-        "kind": args.type,
-        "bits": args.num_bits,
-        "strategy": args.strategy,
-        "group_size": args.group_size if args.strategy in ("group", "tensor_group") else None,
-        "block": tuple(args.block_structure) if args.block_structure else None,
-        "symmetric": args.symmetric,
-        "embedding": tensors.embedding,
-        "activations": activations_label(scheme.scheme),
-        "input_type": _element(inputs) if inputs else None,
-        "input_symmetric": inputs is None or inputs.symmetric,
-        "side": side,
-        "side_zero_points": zero_points,
-    }
+    return WeightSpec(
+        format=scheme.format,
+        family=family(scheme, scheme.format, tensors.embedding),
+        kind=args.type,
+        bits=args.num_bits,
+        n=n,
+        k=k,
+        storage=storage,
+        element=element,
+        packing=packing,
+        strategy=args.strategy,
+        group_size=args.group_size if args.strategy in ("group", "tensor_group") else None,
+        block=args.block_structure,
+        symmetric=args.symmetric,
+        scale_dtype=scale.dtype,
+        scale_shape=scale.shape,
+        has_g_idx=has_g_idx,
+        sparse=sparse,
+        embedding=tensors.embedding,
+        activations=activations_label(scheme.scheme),
+        input_type=_element(inputs) if inputs else None,
+        input_symmetric=inputs is None or inputs.symmetric,
+        side=side,
+        side_zero_points=zero_points,
+    )
 
 
-def _element(args: QuantizationArgs) -> str:
+def _element(args: QuantArgs) -> str:
     """The dtype of values quantised so: ``I8``, ``F8_E4M3``, or a name for people."""
     if args.num_bits == 8:
         return "I8" if args.type == "int" else "F8_E4M3"
@@ -144,7 +188,7 @@ def _element(args: QuantizationArgs) -> str:
 
 def side_scales(
     scheme: ModuleScheme, tensors: ModuleTensors
-) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, int], ...]]:
+) -> tuple[tuple[tuple[str, Dtype], ...], tuple[tuple[str, int], ...]]:
     """The static activation scales in use, and the activation zero points by value.
 
     A scale of 0 was never calibrated: it is not in the result, and its zero point neither.
@@ -153,7 +197,7 @@ def side_scales(
         BadInputError: a scale the config asks for is missing, of a wrong shape or dtype, NaN,
             infinite or negative.
     """
-    side: list[tuple[str, str]] = []
+    side: list[tuple[str, Dtype]] = []
     zero_points: list[tuple[str, int]] = []
     if scheme.scheme is None:
         return (), ()
@@ -207,43 +251,43 @@ def activation_names(tensors: ModuleTensors, scheme: ModuleScheme) -> tuple[str,
 
 def scale_spec(
     tensors: ModuleTensors,
-    fields: Mapping[str, Any],
+    args: QuantArgs,
     n: int,
     k: int,
     dtypes: tuple[str, ...] = SCALE_DTYPES,
-    name: str = "weight_scale",
-) -> tuple[str, tuple[int, int]]:
+) -> ScaleSpec:
     """Dtype and logical 2-D shape of ``weight_scale``, checked against the strategy.
 
     Raises:
         BadInputError: it is missing, of a wrong dtype or shape, or the group size does not
             divide K.
     """
-    spec = tensors.check(name, dtypes)
-    strategy, group_size = fields["strategy"], fields["group_size"]
+    spec = tensors.check("weight_scale", dtypes)
+    strategy = args.strategy
+    group_size = args.group_size if strategy == "group" else None
     if strategy == "tensor":
         allowed: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1))
         logical = (1, 1)
     elif strategy == "channel":
         allowed = ((n, 1), (n,))
         logical = (n, 1)
-    elif strategy == "group":
+    elif group_size is not None:
         if k % group_size:
             raise tensors.error(f"group size {group_size} does not divide K = {k}")
         logical = (n, k // group_size)
         allowed = (logical,)
-    elif strategy == "block":
-        rows, columns = fields["block"]
+    elif args.block_structure is not None:
+        rows, columns = args.block_structure
         logical = (-(-n // rows), -(-k // columns))
         allowed = (logical,)
     else:
         raise tensors.error(f"weight strategy {strategy!r} is not one this format stores")
     if spec.shape not in allowed:
         raise tensors.error(
-            f"{name} is {spec}, expected {list(allowed[0])} for strategy {strategy} of a "
+            f"weight_scale is {spec}, expected {list(allowed[0])} for strategy {strategy} of a "
             f"weight [{n}, {k}]" + (f" with group size {group_size}" if group_size else "")
         )
-    return spec.dtype, logical
+    return ScaleSpec(spec.dtype, logical)
 
 
 def check_scale(scale: torch.Tensor) -> None:

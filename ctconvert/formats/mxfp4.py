@@ -21,7 +21,8 @@ from ctconvert.formats.base import (
     check_not_empty,
     decode_side,
     scale_spec,
-    storage_of,
+    weight_spec,
+    weights_of,
 )
 from ctconvert.formats.quantization import ModuleScheme
 from ctconvert.specs import QuantizedWeight, WeightSpec
@@ -37,27 +38,19 @@ class MXFP4Packed(Format):
     weight_name = "weight_packed"
 
     def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:
-        fields = storage_of(scheme, tensors)
-        if (fields["kind"], fields["bits"], fields["group_size"]) != ("float", 4, 32):
+        args = weights_of(scheme, tensors)
+        if (args.type, args.num_bits, args.group_size) != ("float", 4, 32):
             raise tensors.error(
-                f"the config says {fields['kind']}{fields['bits']} with group size "
-                f"{fields['group_size']}, which {self.name} does not store"
+                f"the config says {args.type}{args.num_bits} with group size {args.group_size}, "
+                f"which {self.name} does not store"
             )
-        if not fields["symmetric"]:
+        if not args.symmetric:
             raise tensors.error("FP4 codes have no zero points, but the config says asymmetric")
         packed = tensors.check("weight_packed", ("U8",), rank=2)
         n, k = packed.shape[0], 2 * packed.shape[1]
         check_not_empty(tensors, n, k)
-        scale_dtype, scale_shape = scale_spec(tensors, fields, n, k, ("U8", "F8_E8M0"))
-        return WeightSpec(
-            format=self.name,
-            n=n,
-            k=k,
-            storage="packed",
-            scale_dtype=scale_dtype,
-            scale_shape=scale_shape,
-            **fields,
-        )
+        scale = scale_spec(tensors, args, n, k, ("U8", "F8_E8M0"))
+        return weight_spec(scheme, tensors, n=n, k=k, storage="packed", scale=scale)
 
     def parameter_names(self, spec: WeightSpec) -> tuple[str, ...]:
         return ("weight_packed", "weight_scale")

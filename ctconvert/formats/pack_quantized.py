@@ -27,10 +27,12 @@ from ctconvert.formats.base import (
     check_scale,
     decode_side,
     scale_spec,
-    storage_of,
+    weight_spec,
+    weights_of,
 )
 from ctconvert.formats.quantization import ModuleScheme
 from ctconvert.specs import Packing, QuantizedWeight, WeightSpec
+from ctconvert.transforms.shapes import row_words
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +42,6 @@ DENSE_SINCE = (0, 18)
 
 
 def _packing(tensors: ModuleTensors, words: int, k: int, bits: int) -> Packing:
-    from ctconvert.transforms.packed import row_words
-
     both: tuple[Packing, Packing] = ("dense", "padded")
     fits = [name for name in both if row_words(k, bits, name) == words]
     if not fits:
@@ -77,13 +77,11 @@ class PackQuantized(Format):
     weight_name = "weight_packed"
 
     def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:
-        from ctconvert.transforms.packed import row_words
-
-        fields = storage_of(scheme, tensors)
-        bits = fields["bits"]
-        if fields["kind"] != "int" or not 1 <= bits <= 8:
+        args = weights_of(scheme, tensors)
+        bits = args.num_bits
+        if args.type != "int" or not 1 <= bits <= 8:
             raise tensors.error(
-                f"the config says {fields['kind']}{bits}, which pack-quantized does not store"
+                f"the config says {args.type}{bits}, which pack-quantized does not store"
             )
         packed = tensors.check("weight_packed", ("I32",), rank=2)
         shape = tensors.check("weight_shape", ("I64", "I32"))
@@ -97,33 +95,32 @@ class PackQuantized(Format):
             )
         check_not_empty(tensors, n, k)
         packing = _packing(tensors, packed.shape[1], k, bits)
-        scale_dtype, scale_shape = scale_spec(tensors, fields, n, k)
+        scale = scale_spec(tensors, args, n, k)
         g_idx = "weight_g_idx" in tensors.specs
-        if scheme.actorder_group and not g_idx and fields["strategy"] == "group":
+        if scheme.actorder_group and not g_idx and args.strategy == "group":
             raise tensors.error(
                 "the config says actorder=group, but there is no weight_g_idx to say which scale "
                 "each column has"
             )
         if g_idx and tensors.check("weight_g_idx", ("I32", "I64")).shape != (k,):
             raise tensors.error(f"weight_g_idx is {tensors.specs['weight_g_idx']}, not [{k}]")
-        if not fields["symmetric"]:
+        if not args.symmetric:
             zero = tensors.check("weight_zero_point", ("I32",))
-            want = (row_words(n, bits, packing), scale_shape[1])
+            want = (row_words(n, bits, packing), scale.shape[1])
             if zero.shape != want:
                 raise tensors.error(
                     f"weight_zero_point is {zero}, expected {list(want)}: {bits}-bit zero points "
                     f"of {n} rows packed along N"
                 )
-        return WeightSpec(
-            format=self.name,
+        return weight_spec(
+            scheme,
+            tensors,
             n=n,
             k=k,
             storage="packed",
+            scale=scale,
             packing=packing,
-            scale_dtype=scale_dtype,
-            scale_shape=scale_shape,
             has_g_idx=g_idx,
-            **fields,
         )
 
     def parameter_names(self, spec: WeightSpec) -> tuple[str, ...]:

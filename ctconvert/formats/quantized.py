@@ -23,10 +23,11 @@ from ctconvert.formats.base import (
     check_scale,
     decode_side,
     scale_spec,
-    storage_of,
+    weight_spec,
+    weights_of,
 )
 from ctconvert.formats.quantization import ModuleScheme
-from ctconvert.specs import QuantizedWeight, WeightSpec
+from ctconvert.specs import Dtype, QuantizedWeight, WeightSpec
 
 if TYPE_CHECKING:
     import torch
@@ -50,31 +51,22 @@ class _Quantized(Format):
     kinds: ClassVar[tuple[str, ...]]
 
     def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:
-        fields = storage_of(scheme, tensors)
-        kind, bits = fields["kind"], fields["bits"]
+        args = weights_of(scheme, tensors)
+        kind, bits = args.type, args.num_bits
         if kind not in self.kinds or (kind == "float" and bits != 8) or not 1 <= bits <= 8:
             raise tensors.error(f"the config says {kind}{bits}, which {self.name} does not store")
-        element = "I8" if kind == "int" else "F8_E4M3"
+        element: Dtype = "I8" if kind == "int" else "F8_E4M3"
         n, k = tensors.check("weight", (element,), rank=2).shape
         check_not_empty(tensors, n, k)
-        scale_dtype, scale_shape = scale_spec(tensors, fields, n, k)
-        if not fields["symmetric"]:
+        scale = scale_spec(tensors, args, n, k)
+        if not args.symmetric:
             zero = tensors.check("weight_zero_point", ("I8",))
-            flat = scale_shape[1] == 1 and zero.shape in ((scale_shape[0],), ())
-            if zero.shape != scale_shape and not flat:
+            flat = scale.shape[1] == 1 and zero.shape in ((scale.shape[0],), ())
+            if zero.shape != scale.shape and not flat:
                 raise tensors.error(
-                    f"weight_zero_point is {zero}, expected {list(scale_shape)} like the scale"
+                    f"weight_zero_point is {zero}, expected {list(scale.shape)} like the scale"
                 )
-        return WeightSpec(
-            format=self.name,
-            n=n,
-            k=k,
-            storage="plain",
-            element=element,
-            scale_dtype=scale_dtype,
-            scale_shape=scale_shape,
-            **fields,
-        )
+        return weight_spec(scheme, tensors, n=n, k=k, storage="plain", scale=scale, element=element)
 
     def parameter_names(self, spec: WeightSpec) -> tuple[str, ...]:
         names = ("weight", "weight_scale")

@@ -18,7 +18,7 @@ is one. Source: compressed-tensors 0.11, ``compressors/sparse_compressors/sparse
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ctconvert.formats.base import (
     Format,
@@ -27,7 +27,8 @@ from ctconvert.formats.base import (
     check_scale,
     decode_side,
     scale_spec,
-    storage_of,
+    weight_spec,
+    weights_of,
 )
 from ctconvert.formats.quantization import ModuleScheme
 from ctconvert.specs import QuantizedWeight, WeightSpec
@@ -44,19 +45,15 @@ class Sparse24Bitmask(Format):
     weight_name = "compressed"
 
     def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:
-        fields: dict[str, Any]
-        if scheme.scheme is None:
-            fields = {"family": "sparse24", "kind": "float", "bits": 16}
-            fields["embedding"] = tensors.embedding
-            elements: tuple[str, ...] = ("F16", "BF16")
-        else:
-            fields = storage_of(scheme, tensors)
-            if fields["bits"] != 8:
+        elements: tuple[str, ...] = ("F16", "BF16")
+        if scheme.scheme is not None:
+            args = weights_of(scheme, tensors)
+            if args.num_bits != 8:
                 raise tensors.error(
-                    f"the config says {fields['kind']}{fields['bits']} and 2:4 sparse, which "
+                    f"the config says {args.type}{args.num_bits} and 2:4 sparse, which "
                     f"{self.name} does not store"
                 )
-            elements = ("I8",) if fields["kind"] == "int" else ("F8_E4M3",)
+            elements = ("I8",) if args.type == "int" else ("F8_E4M3",)
         compressed = tensors.check("compressed", elements, rank=2)
         bitmask = tensors.check("bitmask", ("U8",), rank=2)
         shape = tensors.check("shape", ("I64",))
@@ -69,23 +66,31 @@ class Sparse24Bitmask(Format):
                 f"shape says [{n}, {k}], but compressed is {compressed} and bitmask {bitmask}; "
                 f"expected [N, K/2] and [N, K/8] with K a multiple of 4"
             )
-        scale_dtype = scale_shape = None
-        if scheme.scheme is not None:
-            scale_dtype, scale_shape = scale_spec(tensors, fields, n, k)
-            if not fields["symmetric"]:
-                raise tensors.error(
-                    "a 2:4 sparse weight with zero points has no zeros to leave out"
-                )
-        return WeightSpec(
-            format=self.name,
+        if scheme.scheme is None:
+            return WeightSpec(
+                format=self.name,
+                family="sparse24",
+                kind="float",
+                bits=16,
+                n=n,
+                k=k,
+                storage="plain",
+                element=compressed.dtype,
+                sparse=True,
+                embedding=tensors.embedding,
+            )
+        scale = scale_spec(tensors, args, n, k)
+        if not args.symmetric:
+            raise tensors.error("a 2:4 sparse weight with zero points has no zeros to leave out")
+        return weight_spec(
+            scheme,
+            tensors,
             n=n,
             k=k,
             storage="plain",
+            scale=scale,
             element=compressed.dtype,
-            scale_dtype=scale_dtype,
-            scale_shape=scale_shape,
             sparse=True,
-            **fields,
         )
 
     def parameter_names(self, spec: WeightSpec) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from ctconvert.layouts.base import Layout
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
+from ctconvert.transforms.shapes import row_words
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +49,6 @@ class Gather(Layout):
         return Support()
 
     def output_specs(self, spec: WeightSpec) -> dict[str, TensorSpec]:
-        from ctconvert.transforms.packed import row_words
-
         assert spec.scale_dtype is not None
         assert spec.scale_shape is not None
         words = row_words(spec.k, spec.bits, spec.packing)

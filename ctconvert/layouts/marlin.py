@@ -39,6 +39,7 @@ from ctconvert.layouts.base import (
     weight_only,
 )
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
+from ctconvert.transforms.shapes import marlin_padded_shape
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +53,6 @@ class _Marlin(Layout):
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """The smallest N x K that the kernel's tiles fit: (64, 128) or (128, 64) at a time."""
-        from ctconvert.transforms.marlin import marlin_padded_shape
-
         return marlin_padded_shape(spec.n, spec.k)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ctconvert import layouts
 from ctconvert.assembly import Assembly
 from ctconvert.errors import UsageError
+from ctconvert.formats.patterns import Pattern, PatternError
 from ctconvert.layouts import Layout
 from ctconvert.planning.assemble import Candidate, padded
 from ctconvert.records import Options, Recipe
@@ -16,10 +17,22 @@ from ctconvert.specs import TensorSpec, WeightSpec
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Whether a module's name fits a glob, or ``re:`` and a regular expression."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    return fnmatch.fnmatchcase(module, pattern)
+    """Whether a module's name fits a glob, or ``re:`` and a regular expression.
+
+    Raises:
+        UsageError: the regular expression is none, or takes too long.
+    """
+    if not pattern.startswith("re:"):
+        return fnmatch.fnmatchcase(module, pattern)
+    try:
+        return _compiled(pattern[3:]).match(module)
+    except PatternError as error:
+        raise UsageError(f"--layout: {error}") from None
+
+
+@lru_cache(maxsize=256)
+def _compiled(text: str) -> Pattern:
+    return Pattern(text)
 
 
 def check_options(options: Options) -> None:
@@ -36,11 +49,7 @@ def check_options(options: Options) -> None:
         if layouts.get(name) is None:
             known = ", ".join(layout.name for layout in layouts.LAYOUTS)
             raise UsageError(f"--layout {pattern}={name}: no such layout; the layouts are {known}")
-        if pattern.startswith("re:"):
-            try:
-                re.compile(pattern[3:])
-            except re.error as error:
-                raise UsageError(f"--layout {pattern}={name}: {error}") from None
+        matches(pattern, "")
     if options.max_shard_size < 1:
         raise UsageError("--max-shard-size must be positive")
 

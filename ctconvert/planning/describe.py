@@ -258,7 +258,7 @@ class _Modules:
         embedding = _is_embedding(self.settings, name, scheme)
         raw = tuple(self.metadata.get(entry.name) for entry in entries.values())
         specs = tuple((local, entry.spec) for local, entry in entries.items())
-        key = (handler.name, id(scheme.scheme), scheme.actorder_group, embedding, specs, raw)
+        key = (handler.name, id(scheme.scheme), embedding, specs, raw)
         found = self._kinds.get(key)
         if found is None:
             found = self._kinds[key] = self._new_kind(

@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+from msgspec import Struct
 
 from ctconvert.device import is_out_of_memory, on_device
 from ctconvert.errors import ConversionError, UsageError
-from ctconvert.runtime.bindings import Binding
+from ctconvert.runtime import kernels
+from ctconvert.runtime.kernels import Binding
+from ctconvert.runtime.kernels.base import SPARSE
 from ctconvert.runtime.loading import Loader
 from ctconvert.runtime.modules import KernelEmbedding, KernelLinear
 
-#: What :func:`plot` writes, by the file's suffix.
-CHARTS = (".png", ".svg", ".pdf")
-#: Ends the name of a 2:4 sparse product, as in ``int8 2:4``: twice the rate of the dense one.
-_SPARSE = " 2:4"
 #: Bytes of the largest bf16 table that a quantised embedding is compared with.
 _LARGEST_TABLE = 4 << 30
 
@@ -90,7 +89,7 @@ def eight_bit_rate(kind: str, device: torch.device) -> float | None:
     size = 8192
     calls: list[Callable[[], Any]]
     if kind == "int8":
-        from ctconvert.runtime.kernels.scaled_mm import scaled_mm
+        from ctconvert.runtime.kernels.scaled_mm.kernel import scaled_mm
 
         a, b = torch.randint(-127, 128, (2, size, size), dtype=torch.int8, device=device)
         one = torch.ones(1, device=device)
@@ -115,24 +114,11 @@ def product_of(binding: Binding, device: torch.device) -> str | None:
     """The type that a module's kernel multiplies in, which sets the flop/s it can reach.
 
     Returns:
-        ``bf16`` (which stands for f16 too), ``int8`` or ``fp8``, with `` 2:4`` where the kernel
-        skips the zeros of a sparse weight; None for a look-up, which multiplies nothing.
+        what :class:`~ctconvert.runtime.kernels.Kernel` says of products.
     """
-    spec = binding.spec
-    if spec.embedding:
-        return None
-    if device.type == "cpu":
-        return "bf16"  # no kernel runs there; torch computes the references densely
-    sparse = binding.layout == "cutlass-sparse24"
-    quantised = {
-        "cutlass-sparse24": spec.scale_shape is not None,
-        "scaled-mm": spec.input_type is not None,
-        "xpu-w4a8": True,
-    }.get(binding.layout, False)
-    kind = "bf16"
-    if quantised:
-        kind = "int8" if spec.kind == "int" else "fp8"
-    return kind + _SPARSE if sparse else kind
+    product = kernels.get(binding.layout).product(binding.spec)
+    # No kernel runs on a CPU; torch computes the references densely.
+    return product and "bf16" if device.type == "cpu" else product
 
 
 @dataclass(frozen=True)
@@ -146,7 +132,7 @@ class Limits:
     def measure(cls, device: torch.device, products: set[str]) -> Limits:
         copy, rate = ceilings(device)
         matmul = {"bf16": rate}
-        for kind in sorted({product.removesuffix(_SPARSE) for product in products} - {"bf16"}):
+        for kind in sorted({product.removesuffix(SPARSE) for product in products} - {"bf16"}):
             if found := eight_bit_rate(kind, device):
                 matmul[kind] = found
         return cls(copy, matmul)
@@ -155,8 +141,8 @@ class Limits:
         """The flop/s limit of a product; None where there is none, or none could be measured."""
         if product is None:
             return None
-        rate = self.matmul.get(product.removesuffix(_SPARSE))
-        return 2 * rate if rate and product.endswith(_SPARSE) else rate
+        rate = self.matmul.get(product.removesuffix(SPARSE))
+        return 2 * rate if rate and product.endswith(SPARSE) else rate
 
 
 @contextmanager
@@ -175,7 +161,46 @@ def _enough_memory(name: str, m: int, columns: int, device: torch.device) -> Ite
         ) from None
 
 
-def bench(out: Path, device: str, rows: tuple[int, ...]) -> dict[str, Any]:
+class BenchRow(Struct, frozen=True):
+    """One shape and M: ``module`` is the first of that shape.
+
+    ``flops`` are flop/s, ``intensity`` flop per byte, ``product`` what it multiplies in (see
+    :func:`product_of`) and ``product_flops`` the limit of that, twice the dense one for 2:4, None
+    where none was measured; all are None for embeddings. ``floor_seconds`` is the roofline's, of
+    bytes alone where there is no ``product_flops``; ``dense_seconds`` a bf16 matmul of the shape,
+    or a look-up in a bf16 table (None where that takes more than 4 GiB).
+    """
+
+    layout: str
+    weights: str
+    module: str
+    n: int
+    k: int
+    m: int
+    seconds: float
+    bytes_per_second: float
+    flops: float | None
+    intensity: float | None
+    product: str | None
+    product_flops: float | None
+    floor_seconds: float
+    dense_seconds: float | None
+
+
+class BenchReport(Struct, frozen=True):
+    """A device's name, its measured limits, the matmul's by type, and what the kernels took.
+
+    The types are ``bf16``, and ``int8`` and ``fp8`` where modules multiply in them and they can be
+    measured.
+    """
+
+    device: str
+    copy_bytes_per_second: float
+    matmul_flops: dict[str, float]
+    rows: list[BenchRow]
+
+
+def bench(out: Path, device: str, rows: tuple[int, ...]) -> BenchReport:
     """Times the kernel of every distinct shape of a converted checkpoint, one module at a time.
 
     Args:
@@ -183,27 +208,12 @@ def bench(out: Path, device: str, rows: tuple[int, ...]) -> dict[str, Any]:
         device: where the kernels run.
         rows: the numbers M of tokens, or of rows looked up, to time.
 
-    Returns:
-        ``device``: its name; ``copy_bytes_per_second`` and ``matmul_flops``, its measured limits,
-        the latter by type: ``bf16``, and ``int8`` and ``fp8`` where modules multiply in them and
-        they can be measured; ``rows``, one for each shape and M:
-
-        - ``layout``, ``weights``, ``module`` (the first of that shape), ``n``, ``k``, ``m``;
-        - ``seconds``, ``bytes_per_second``, ``flops`` (flop/s), ``intensity`` (flop per byte);
-        - ``product``: what it multiplies in, see :func:`product_of`; ``product_flops``: the flop/s
-          limit of that, twice the dense one for 2:4, None where none was measured;
-        - ``floor_seconds``: the roofline's, of bytes alone where ``product_flops`` is None;
-        - ``dense_seconds``: a bf16 matmul of the shape, or a look-up in a bf16 table (None where
-          that takes more than 4 GiB).
-
-        ``flops``, ``intensity`` and the two of the product are None for embeddings.
-
     Raises:
         UsageError: there is no such directory or device, or nothing in it was converted.
         VerificationError: the manifest is damaged or does not fit the files.
         ConversionError: an M takes more memory than the device has.
     """
-    measured = []
+    measured: list[BenchRow] = []
     with Loader(out, device) as loader:
         chosen = _distinct(loader.bindings)
         if not chosen:
@@ -216,12 +226,7 @@ def bench(out: Path, device: str, rows: tuple[int, ...]) -> dict[str, Any]:
                 measured += _bench_embedding(name, module, rows, loader.device, limits)
             else:
                 measured += _bench_linear(name, module, rows, loader.device, limits)
-    return {
-        "device": _name(loader.device),
-        "copy_bytes_per_second": limits.copy,
-        "matmul_flops": dict(limits.matmul),
-        "rows": measured,
-    }
+    return BenchReport(_name(loader.device), limits.copy, dict(limits.matmul), measured)
 
 
 def _distinct(bindings: Mapping[str, Binding]) -> list[str]:
@@ -235,15 +240,14 @@ def _distinct(bindings: Mapping[str, Binding]) -> list[str]:
 
 def _bench_linear(
     name: str, module: KernelLinear, rows: tuple[int, ...], device: torch.device, limits: Limits
-) -> list[dict[str, Any]]:
+) -> list[BenchRow]:
     spec = module.binding.spec
     dense = torch.randn((spec.k, spec.n), dtype=torch.bfloat16, device=device)
-    dtype = torch.float16 if "F16" in (spec.scale_dtype, spec.element) else torch.bfloat16
     weight_bytes = sum(tensor.nbytes for tensor in module.tensors().values())
     measured = []
     for m in rows:
         with _enough_memory(name, m, spec.k + spec.n, device):
-            x = torch.randn((m, spec.k), dtype=dtype, device=device)
+            x = torch.randn((m, spec.k), dtype=module.binding.dtype, device=device)
             seconds = median_seconds(partial(module, x), device)
             plain = median_seconds(partial(torch.matmul, x.bfloat16(), dense), device)
         moved = weight_bytes + 2 * m * (spec.k + spec.n)
@@ -254,7 +258,7 @@ def _bench_linear(
 
 def _bench_embedding(
     name: str, module: KernelEmbedding, rows: tuple[int, ...], device: torch.device, limits: Limits
-) -> list[dict[str, Any]]:
+) -> list[BenchRow]:
     spec = module.binding.spec
     tensors = module.tensors()
     row_bytes = sum(tensor.nbytes for tensor in tensors.values()) // spec.n
@@ -286,108 +290,32 @@ def _row(
     flops: int | None,
     device: torch.device,
     limits: Limits,
-) -> dict[str, Any]:
+) -> BenchRow:
     binding = module.binding
     product = product_of(binding, device)
     limit = limits.flops(product)
     floor = moved / limits.copy
     if flops is not None and limit is not None:
         floor = max(floor, flops / limit)
-    return {
-        "layout": binding.layout,
-        "weights": binding.spec.label,
-        "module": name,
-        "n": binding.spec.n,
-        "k": binding.spec.k,
-        "m": m,
-        "seconds": seconds,
-        "bytes_per_second": moved / seconds,
-        "flops": None if flops is None else flops / seconds,
-        "intensity": None if flops is None else flops / moved,
-        "product": product,
-        "product_flops": limit,
-        "floor_seconds": floor,
-        "dense_seconds": dense_seconds,
-    }
+    return BenchRow(
+        layout=binding.layout,
+        weights=binding.spec.label,
+        module=name,
+        n=binding.spec.n,
+        k=binding.spec.k,
+        m=m,
+        seconds=seconds,
+        bytes_per_second=moved / seconds,
+        flops=None if flops is None else flops / seconds,
+        intensity=None if flops is None else flops / moved,
+        product=product,
+        product_flops=limit,
+        floor_seconds=floor,
+        dense_seconds=dense_seconds,
+    )
 
 
 def _name(device: torch.device) -> str:
     if device.type == "cpu":
         return "cpu"
     return str(getattr(torch, device.type).get_device_name(device))
-
-
-def check_plot(path: Path) -> None:
-    """Checks that :func:`plot` can write ``path``, before anything is measured for it.
-
-    Raises:
-        UsageError: its suffix is none of :data:`CHARTS`, it cannot be written, or matplotlib is
-            not installed.
-    """
-    try:
-        if path.is_dir():
-            raise UsageError(f"--plot {path}: a directory; name a file in it")
-        if path.suffix.lower() not in CHARTS:
-            raise UsageError(f"--plot {path}: write a {', '.join(CHARTS)} file")
-        new = not (path.exists() or path.is_symlink())
-        with path.open("ab"):
-            pass
-        if new:
-            path.unlink()
-    except OSError as error:
-        raise UsageError(f"--plot {path}: cannot be written: {error.strerror}") from None
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'ctconvert[plot]'") from None
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """A roofline chart: each kernel's flop/s over its intensity, under the measured limits.
-
-    There is a roof for each type the kernels multiply in. Embeddings, which multiply nothing, are
-    not in it.
-
-    Args:
-        result: what :func:`bench` returned.
-        path: the file to write, replaced where it exists.
-
-    Raises:
-        UsageError: as :func:`check_plot`.
-    """
-    check_plot(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in result["rows"] if row["product"] is not None]
-    copy = result["copy_bytes_per_second"]
-    roofs = {row["product"]: row["product_flops"] for row in rows if row["product_flops"]}
-    roofs = roofs or {"bf16": result["matmul_flops"]["bf16"]}
-    low = min([row["intensity"] for row in rows], default=1.0) / 2
-    high = max([row["intensity"] for row in rows] + [4 * max(roofs.values()) / copy])
-    figure, axes = pyplot.subplots(figsize=(9, 6))
-    steps = [low * (high / low) ** (i / 200) for i in range(201)]
-    styles = ("-", "--", "-.", ":")
-    for index, (product, roof) in enumerate(roofs.items()):
-        axes.loglog(
-            steps,
-            [min(copy * x, roof) / 1e12 for x in steps],
-            color="black",
-            linestyle=styles[index % len(styles)],
-            label=f"{product} limit, {roof / 1e12:.2f} TFLOP/s",
-        )
-    for layout in dict.fromkeys(row["layout"] for row in rows):
-        chosen = [row for row in rows if row["layout"] == layout]
-        axes.scatter(
-            [row["intensity"] for row in chosen],
-            [row["flops"] / 1e12 for row in chosen],
-            label=layout,
-        )
-    axes.set_xlabel("flop per byte moved")
-    axes.set_ylabel("TFLOP/s")
-    axes.set_title(f"{result['device']}: copy {copy / 1e12:.3f} TB/s")
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)

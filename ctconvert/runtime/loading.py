@@ -18,7 +18,7 @@ from ctconvert.errors import ConversionError, UsageError, VerificationError
 from ctconvert.layouts import get as get_layout
 from ctconvert.output import Output
 from ctconvert.records import Convert
-from ctconvert.runtime.bindings import Binding
+from ctconvert.runtime.kernels import Binding
 from ctconvert.runtime.modules import FusedPart, KernelEmbedding, KernelLinear, TiedHead
 
 #: Tensors a model need not have a place for: scales of a quantised KV cache, and what older files
@@ -53,10 +53,12 @@ def binding(module: Convert) -> Binding:
             "known to this ctconvert; use the one that wrote it"
         )
     logical = module.logical
-    details: dict[str, Any] = {"packing": recipe.weight.packing}
-    if (recipe.weight.n, recipe.weight.k) != (logical.n, logical.k):
-        details["padded_shape"] = [recipe.weight.n, recipe.weight.k]
-    return Binding(recipe.layout, logical, details, module.widths)
+    return Binding(
+        layout=recipe.layout,
+        spec=logical,
+        padded=(recipe.weight.n, recipe.weight.k),
+        widths=module.widths,
+    )
 
 
 class Loader:

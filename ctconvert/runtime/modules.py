@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ctconvert import layouts
-from ctconvert.runtime.bindings import LINEAR, Binding, derived, gather
-from ctconvert.runtime.dequantise import dense_weight
+from ctconvert.runtime import kernels
+from ctconvert.runtime.kernels import Binding
+from ctconvert.transforms.dense import dense_weight
 
 
 class _Kernel(nn.Module):
@@ -24,15 +25,25 @@ class _Kernel(nn.Module):
     ) -> None:
         super().__init__()
         self.binding = binding
+        self.kernel = kernels.get(binding.layout)
         self._names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
+        derived = self.kernel.derived(binding, tensors)
+        self._derived = tuple(derived)
+        for name, tensor in derived.items():
+            self.register_buffer(name, tensor, persistent=False)
         self.bias: torch.Tensor | None
         self.register_buffer("bias", bias)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The layout's tensors by local name."""
         return {name: self.get_buffer(name) for name in self._names}
+
+    def _run(self, x: torch.Tensor, without: str = "") -> torch.Tensor:
+        names = (*self._names, *self._derived)
+        given = {name: self.get_buffer(name) for name in names if name != without}
+        return self.kernel.run(self.binding, given, x.contiguous(), self.bias)
 
     def dequantize(self) -> torch.Tensor:
         """The dense weight, f32 [N, K], decoded by the layout: the reference's weight."""
@@ -64,29 +75,12 @@ class KernelLinear(_Kernel):
         """Rows of each fused part, in order."""
         return self.binding.widths
 
-    def __init__(
-        self,
-        binding: Binding,
-        tensors: Mapping[str, torch.Tensor],
-        bias: torch.Tensor | None = None,
-    ) -> None:
-        super().__init__(binding, tensors, bias)
-        made = derived(binding, tensors)
-        self._derived = tuple(made)
-        for name, tensor in made.items():
-            self.register_buffer(name, tensor, persistent=False)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._run(self.tensors(), x)
+        return self._run(x)
 
     def before_output_scale(self, x: torch.Tensor) -> torch.Tensor:
         """y without the static quantisation of outputs, where the scheme has one."""
-        kept = {name: t for name, t in self.tensors().items() if name != "output_scale"}
-        return self._run(kept, x)
-
-    def _run(self, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        given = {**tensors, **{name: self.get_buffer(name) for name in self._derived}}
-        return LINEAR[self.binding.layout](self.binding, given, x.contiguous(), self.bias)
+        return self._run(x, without="output_scale")
 
 
 class KernelEmbedding(_Kernel):
@@ -106,7 +100,7 @@ class KernelEmbedding(_Kernel):
         return self.binding.spec.k
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = gather(self.binding, self.tensors(), ids.contiguous())
+        rows = self._run(ids)
         return rows if self.dtype is None else rows.to(self.dtype)
 
 

@@ -9,39 +9,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from ctconvert.errors import VerificationError
 from ctconvert.progress import Progress
+from ctconvert.records import KernelRun
+from ctconvert.runtime import activations
 from ctconvert.runtime.loading import Loader
 from ctconvert.runtime.modules import KernelEmbedding, KernelLinear
 
-#: Largest error by layout, see :func:`_error`. 16-bit outputs round at 2^-9 (bf16), and a
-#: dequantised weight may as well; with quantised activations a value may also fall on the other
-#: side of a rounding step.
-TOLERANCE: dict[str, float] = {
-    "triton-wna16": 1e-2,
-    "marlin": 1e-2,
-    "marlin-mxfp4": 1e-2,
-    "scaled-mm": 2e-2,
-    "cutlass-sparse24": 2e-2,
-    "xpu-w4a8": 1e-2,
-    "xpu-w4a16": 1e-2,
-    "gather": 1e-2,
-}
 ROWS = (1, 17, 256)
 
 
 @dataclass
 class Worst:
-    """The worst error of a layout, and where it was met."""
+    """The worst error of a module and the inputs it was met with."""
 
     error: float = 0.0
-    module: str = ""
     case: str = ""
-    modules: int = 0
+
+    def see(self, error: float, case: str) -> None:
+        if not error <= self.error:  # NaN is worse than anything
+            self.error, self.case = error, case
 
 
 def inputs(k: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
@@ -59,74 +50,25 @@ def inputs(k: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.
     return {name: x.to(dtype).to(device) for name, x in found.items()}
 
 
-def _quantised_activations(module: KernelLinear, x: torch.Tensor) -> torch.Tensor:
-    """What the scheme makes of x, in float64."""
-    spec, tensors = module.binding.spec, module.tensors()
-    if spec.family == "wna8o8":
-        return _fake_quantised(x, tensors.get("input_scale")).double()
-    quantised = spec.family == "w8a8" or (spec.sparse and spec.scale_shape is not None)
-    if module.binding.layout == "xpu-w4a8":
-        return _per_token_as_vllm(x)
-    if not quantised or spec.input_type is None:
-        return x.double()
-    # The scheme's own steps, which are float32's: another precision would round some the other way.
-    wide = x.float()
-    limit = 127.0 if spec.kind == "int" else 448.0
-    zero = torch.zeros((), device=x.device)
-    if "input_scale" in tensors:
-        scale = tensors["input_scale"]
-        zero = tensors["input_zero_point"].float() if "input_zero_point" in tensors else zero
-    else:
-        rows = wide if spec.block is None else _blocks(wide, spec.block[1])
-        scale = rows.abs().amax(-1, keepdim=True) / limit
-        scale = torch.where(scale > 0, scale, 1.0)
-        if spec.block is not None:
-            scale = scale.expand_as(rows).flatten(-2)[:, : spec.k]
-    if spec.kind == "int":
-        codes = ((wide / scale).round() + zero).clamp(-128, 127) - zero
-    else:
-        codes = (wide / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return codes.double() * scale.double()
-
-
-def _per_token_as_vllm(x: torch.Tensor) -> torch.Tensor:
-    """INT8 a token, its scale rounded to x's dtype: what the caller of the XPU kernel makes."""
-    scale = (x.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-5).to(x.dtype)
-    return (x.float() / scale.float()).round().clamp(-128, 127).double() * scale.double()
-
-
-def _blocks(x: torch.Tensor, columns: int) -> torch.Tensor:
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % columns))
-    return padded.unflatten(-1, (-1, columns))
-
-
-def _fake_quantised(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Static INT8 fake quantisation in x's dtype, half to even."""
-    if scale is None:
-        return x
-    step = scale.to(x.dtype)
-    return (x / step).round().clamp(-128, 127) * step
-
-
 #: Rows of the weight that are float64 at a time.
 _BLOCK_ROWS = 4096
 
 
-def _check_linear(module: KernelLinear, dtype: torch.dtype, device: torch.device) -> Worst:
-    weight = module.dequantize()
-    cases = inputs(module.in_features, dtype, device)
-    activations = torch.cat([_quantised_activations(module, x) for x in cases.values()])
+def _check_linear(module: KernelLinear, device: torch.device) -> Worst:
+    weight, tensors = module.dequantize(), module.tensors()
+    kernel, binding = module.kernel, module.binding
+    cases = inputs(module.in_features, binding.dtype, device)
+    taken = torch.cat([kernel.activations(binding.spec, tensors, x) for x in cases.values()])
     products, sizes = [], []
     for rows in weight.split(_BLOCK_ROWS):
         wide = rows.double().t()
-        products.append(activations @ wide)
-        sizes.append((activations.square() @ wide.square()).sqrt())
+        products.append(taken @ wide)
+        sizes.append((taken.square() @ wide.square()).sqrt())
     counts = [len(x) for x in cases.values()]
     expected = torch.cat(products, dim=1).split(counts)
     size = torch.cat(sizes, dim=1).split(counts)
     # Beyond the largest number of the result's dtype it is infinite; so is what is expected.
-    result = torch.float16 if module.binding.layout == "xpu-w4a8" else dtype
-    limit = torch.finfo(result).max
+    limit = torch.finfo(kernel.result or binding.dtype).max
     worst = Worst()
     for (case, x), product, near in zip(cases.items(), expected, size, strict=True):
         if module.bias is not None:
@@ -134,15 +76,14 @@ def _check_linear(module: KernelLinear, dtype: torch.dtype, device: torch.device
         made = module.before_output_scale(x)
         product, seen = product.clamp(-limit, limit), made.double().clamp(-limit, limit)
         errors = [_error(seen, product, near)]
-        if "output_scale" in module.tensors():
+        if "output_scale" in tensors:
             # Compared by itself: a sum that rounds the other way may move a whole step.
-            quantised = _fake_quantised(made, module.tensors()["output_scale"]).double()
+            quantised = activations.static_int8(made, tensors["output_scale"]).double()
             errors.append(_error(module(x).double(), quantised, quantised))
         if case == "random M=1":  # as a model calls it, one token of one sequence
             errors.append(_error(module(x[None])[0].double(), module(x).double(), near))
         for error in errors:
-            if not error <= worst.error:  # NaN is worse than anything
-                worst.error, worst.case = error, case
+            worst.see(error, case)
     return worst
 
 
@@ -154,9 +95,7 @@ def _check_embedding(module: KernelEmbedding, device: torch.device) -> Worst:
         ids = torch.randint(module.num_embeddings, (count,), generator=made).to(device)
         ids[0], ids[-1] = 0, module.num_embeddings - 1
         expected = weight[ids].double()
-        error = _error(module(ids).double(), expected, expected)
-        if not error <= worst.error:
-            worst.error, worst.case = error, f"{count} ids"
+        worst.see(_error(module(ids).double(), expected, expected), f"{count} ids")
     return worst
 
 
@@ -185,65 +124,47 @@ def _ratio(difference: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     return torch.where(size == 0, torch.where(difference == 0, 0.0, torch.inf), ratio)
 
 
-def _check(
-    name: str,
-    module: KernelLinear | KernelEmbedding,
-    dtype: torch.dtype,
-    device: torch.device,
-    worst: dict[str, Worst],
-) -> None:
-    """Runs one module and notes its error under its layout."""
-    binding = module.binding
+def _check(name: str, module: KernelLinear | KernelEmbedding, device: torch.device) -> KernelRun:
+    """Runs one module."""
     if isinstance(module, KernelEmbedding):
         found = _check_embedding(module, device)
     else:
-        half = "F16" in (binding.spec.scale_dtype, binding.spec.element)
-        found = _check_linear(module, torch.float16 if half else dtype, device)
-    tolerance = TOLERANCE[binding.layout]
+        found = _check_linear(module, device)
+    layout, tolerance = module.kernel.layout, module.kernel.tolerance
     if not found.error <= tolerance:
         raise VerificationError(
-            f"module {name}: the {binding.layout} kernel is off by {found.error:.2e} "
-            f"({found.case}), more than the tolerance {tolerance:.0e}"
+            f"module {name}: the {layout} kernel is off by {found.error:.2e} ({found.case}), more "
+            f"than the tolerance {tolerance:.0e}"
         )
-    seen = worst.setdefault(binding.layout, Worst())
-    seen.modules += 1
-    if found.error >= seen.error:
-        seen.error, seen.module, seen.case = found.error, name, found.case
+    return KernelRun(layout, 1, found.error, name, found.case, tolerance)
 
 
-def verify_kernels(
-    out: Path, device: str, progress: Progress, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, Any]:
+def verify_kernels(out: Path, device: str, progress: Progress) -> tuple[KernelRun, ...]:
     """Runs every module of a converted checkpoint and compares it with the reference.
+
+    Activations are bfloat16, float16 where a module's scales are.
 
     Args:
         out: a converted checkpoint.
         device: where the kernels run.
         progress: told of modules done, by their bytes.
-        dtype: of the activations; float16 where a module's scales are.
 
     Returns:
-        by layout: modules, worst relative error, where it was met, the tolerance.
+        one for each layout, in the order met.
 
     Raises:
         VerificationError: a kernel is off by more than its layout's tolerance.
     """
-    worst: dict[str, Worst] = {}
+    runs: dict[str, KernelRun] = {}
     with Loader(out, device) as loader:
         sizes = loader.sizes()
         progress.phase("running", sum(sizes.values()))
         for whole in loader.bindings:
             # One at a time: memory is bounded by the largest, whatever the checkpoint's size.
             for name, module in loader.modules(whole).items():
-                _check(name, module, dtype, loader.device, worst)
+                run = _check(name, module, loader.device)
+                seen = runs.setdefault(run.layout, replace(run, modules=0))
+                worse = run if run.worst_error >= seen.worst_error else seen
+                runs[run.layout] = replace(worse, modules=seen.modules + 1)
             progress.advance(sizes[whole])
-    return {
-        layout: {
-            "modules": seen.modules,
-            "worst_error": seen.error,
-            "module": seen.module,
-            "case": seen.case,
-            "tolerance": TOLERANCE[layout],
-        }
-        for layout, seen in worst.items()
-    }
+    return tuple(runs.values())

@@ -1,8 +1,8 @@
-"""Where an output may be made, what may be replaced, and how: in one step where the system can.
+"""Directories that an output may be made in, and that it may replace; in one step where it can.
 
-An output is built beside its place, in ``OUT.partial`` (:mod:`ctconvert.work.staging`). Where two
-directories cannot be exchanged, OUT is moved into ``OUT.partial`` first; whoever opens OUT after a
-kill between the two renames brings it back (:func:`recover`).
+An output is built beside its place, in ``OUT.partial``. Where the system cannot exchange two
+directories, OUT is moved into ``OUT.partial`` before the new one takes its place; whoever opens OUT
+after a kill between the two renames brings it back (:func:`recover`).
 """
 
 from __future__ import annotations
@@ -29,60 +29,65 @@ OLD = "old"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def check_place(source: Path | None, out: Path) -> Path:
-    """Where an output may be made.
-
-    Args:
-        source: the directory it is made of, where it is one.
-        out: the directory the user named.
-
-    Returns:
-        the directory to make: what a link leads to, since the partial output lies beside it.
-
-    Raises:
-        UsageError: it is the source, inside or around it, or the current directory.
-    """
-    if out.is_symlink() or out.name in ("", ".."):
-        out = out.resolve()
-    if source is not None:
-        check_apart(source, out)
-        check_apart(source, partial_of(out))
-    current = Path.cwd().resolve()
-    if out.resolve() in (current, *current.parents):
-        raise UsageError(
-            f"{out} is the current directory or holds it, and cannot be replaced; name another"
-        )
-    return out
-
-
-def check_apart(source: Path, out: Path) -> None:
-    """Refuses an output equal to, inside or around the source.
-
-    Raises:
-        UsageError: it is.
-    """
-    real_source, real_out = source.resolve(), out.resolve()
-    if real_source == real_out:
-        raise UsageError(f"{out}: the output is the source itself; choose another directory")
-    if real_source in real_out.parents:
-        raise UsageError(f"{out}: the output lies inside the source {source}; choose another place")
-    if real_out in real_source.parents:
-        raise UsageError(f"{out}: the source {source} lies inside the output; choose another place")
-
-
 def partial_of(out: Path) -> Path:
     """Where the output of that name is built."""
     return out.with_name(out.name + ".partial")
 
 
-def in_use(path: Path) -> bool:
-    """Whether something other than an empty directory stands there."""
-    return os.path.lexists(path) and not (is_empty(path) and not path.is_symlink())
+def exchange(a: Path, b: Path) -> bool:
+    """Exchanges two directories in one step; False where the system cannot.
+
+    Raises:
+        OSError: it can, and refuses these.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(b))
 
 
-def is_empty(path: Path) -> bool:
-    """Whether it is a directory with nothing in it."""
-    return path.is_dir() and not any(path.iterdir())
+@contextmanager
+def locked(root: Path) -> Iterator[bool]:
+    """Holds the lock of a partial output; False where another run does, or it is gone."""
+    try:
+        descriptor = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def recover(out: Path) -> None:
+    """Brings back an output that a kill between two renames has left aside.
+
+    Raises:
+        ConversionError: it is there and cannot be moved.
+    """
+    if out.is_symlink():
+        out = out.resolve()  # beside which it was made
+    old = partial_of(out) / OLD
+    if not os.path.lexists(old) or in_use(out):
+        return
+    with locked(partial_of(out)) as free:
+        if free and os.path.lexists(old) and not in_use(out):
+            try:
+                old.rename(out)
+                fsync_directory(out.parent)
+            except OSError as error:
+                raise cannot_write(out, error) from None
 
 
 def check_replaceable(out: Path) -> None:
@@ -145,60 +150,14 @@ def replaceable_files(store: LocalStore) -> list[str] | None:
         return None
 
 
-def exchange(a: Path, b: Path) -> bool:
-    """Exchanges two directories in one step; False where the system cannot.
-
-    Raises:
-        OSError: it can, and refuses these.
-    """
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-        return False
-    raise OSError(number, os.strerror(number), str(b))
+def is_empty(path: Path) -> bool:
+    """Whether it is a directory with nothing in it."""
+    return path.is_dir() and not any(path.iterdir())
 
 
-@contextmanager
-def locked(root: Path) -> Iterator[bool]:
-    """Holds the lock of a partial output; False where another run does, or it is gone."""
-    try:
-        descriptor = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        yield False
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
-    except OSError:
-        free = False
-    try:
-        yield free
-    finally:
-        os.close(descriptor)
-
-
-def recover(out: Path) -> None:
-    """Brings back an output that a kill between two renames has left aside.
-
-    Raises:
-        ConversionError: it is there and cannot be moved.
-    """
-    if out.is_symlink():
-        out = out.resolve()  # beside which it was made
-    old = partial_of(out) / OLD
-    if not os.path.lexists(old) or in_use(out):
-        return
-    with locked(partial_of(out)) as free:
-        if free and os.path.lexists(old) and not in_use(out):
-            try:
-                old.rename(out)
-                fsync_directory(out.parent)
-            except OSError as error:
-                raise cannot_write(out, error) from None
+def in_use(path: Path) -> bool:
+    """Whether something other than an empty directory stands there."""
+    return os.path.lexists(path) and not (is_empty(path) and not path.is_symlink())
 
 
 def remove(path: Path) -> None:
@@ -207,3 +166,44 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_place(source: Path | None, out: Path) -> Path:
+    """Where an output may be made.
+
+    Args:
+        source: the directory it is made of, where it is one.
+        out: the directory the user named.
+
+    Returns:
+        the directory to make: what a link leads to, since the partial output lies beside it.
+
+    Raises:
+        UsageError: it is the source, inside or around it, or the current directory.
+    """
+    if out.is_symlink() or out.name in ("", ".."):
+        out = out.resolve()
+    if source is not None:
+        check_apart(source, out)
+        check_apart(source, partial_of(out))
+    current = Path.cwd().resolve()
+    if out.resolve() in (current, *current.parents):
+        raise UsageError(
+            f"{out} is the current directory or holds it, and cannot be replaced; name another"
+        )
+    return out
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Refuses an output equal to, inside or around the source.
+
+    Raises:
+        UsageError: it is.
+    """
+    real_source, real_out = source.resolve(), out.resolve()
+    if real_source == real_out:
+        raise UsageError(f"{out}: the output is the source itself; choose another directory")
+    if real_source in real_out.parents:
+        raise UsageError(f"{out}: the output lies inside the source {source}; choose another place")
+    if real_out in real_source.parents:
+        raise UsageError(f"{out}: the source {source} lies inside the output; choose another place")

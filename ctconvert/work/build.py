@@ -36,12 +36,8 @@ from ctconvert.store.writer import LocalSink
 from ctconvert.version import __version__
 from ctconvert.work.executors import Executor
 from ctconvert.work.jobs import Context, CopyJob, HashJob, Job
-from ctconvert.work.staging import (
-    Identity,
-    Staging,
-    discard_leftovers,
-    unfinished_run,
-)
+from ctconvert.work.journal import Identity
+from ctconvert.work.staging import Staging, discard_leftovers, unfinished_run
 from ctconvert.work.verify import verify_output
 
 

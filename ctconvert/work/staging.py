@@ -33,49 +33,16 @@ from ctconvert.store.places import (
     remove,
 )
 from ctconvert.store.writer import LocalSink, cannot_write, fsync_directory
+from ctconvert.work.journal import (
+    Begin,
+    Commit,
+    Identity,
+    ShardDone,
+    SourceDone,
+    read_journal,
+)
 
 _CHECKPOINT, _JOURNAL = "checkpoint", "journal.jsonl"
-
-
-class Identity(Struct, frozen=True):
-    """What a partial output is made of: what was asked for, the plan, and the source's files.
-
-    ``options`` and ``plan`` are hashes, ``sources`` fingerprints by file.
-    """
-
-    options: str
-    plan: str
-    sources: dict[str, str]
-
-
-class Begin(Struct, frozen=True, tag="begin"):
-    """The journal's first line; ``overwrite`` says that OUT may be replaced."""
-
-    identity: Identity
-    overwrite: bool
-
-
-class ShardDone(Struct, frozen=True, tag="shard"):
-    """A finished shard, with the SHA-256 of its tensors."""
-
-    name: str
-    tensors: dict[str, str]
-
-
-class SourceDone(Struct, frozen=True, tag="source"):
-    """A source file's SHA-256."""
-
-    name: str
-    sha256: str
-
-
-class Commit(Struct, frozen=True, tag="commit"):
-    """The output is complete and verified; the hash of its manifest."""
-
-    manifest: str
-
-
-_ENTRY = msgspec.json.Decoder(Begin | ShardDone | SourceDone | Commit)
 
 
 class Staging:
@@ -322,30 +289,6 @@ def unfinished_run(out: Path) -> Begin | None:
     """How the unfinished run beside an output began, where there is one that says so."""
     first = read_journal(partial_of(out) / _JOURNAL)[:1]
     return first[0] if first and isinstance(first[0], Begin) else None
-
-
-def read_journal(path: Path, mend: bool = False) -> list[Begin | ShardDone | SourceDone | Commit]:
-    """A journal's entries, up to a line that a kill cut short; ``mend`` removes that one."""
-    try:
-        if not path.is_file():
-            return []
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError:
-        return []
-    found = []
-    size = 0
-    for line in lines:
-        try:
-            entry = _ENTRY.decode(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
-            break
-        found.append(entry)
-        size += len(line)
-    if mend:
-        os.truncate(path, size)
-    return found
 
 
 def discard_leftovers(out: Path, options: str) -> None:

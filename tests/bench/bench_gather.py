@@ -15,11 +15,9 @@ import torch
 from printing import print_table
 
 from ctconvert.runtime.benchmark import ceilings, median_seconds
-from ctconvert.runtime.kernels.gather import (
-    embedding_gather,
-    embedding_gather_reference,
-    packed_words,
-)
+from ctconvert.runtime.kernels.gather.kernel import embedding_gather
+from ctconvert.runtime.kernels.gather.reference import embedding_gather_reference
+from ctconvert.transforms.packed import row_words
 
 VOCABULARY = 131072
 GROUP = 128
@@ -35,7 +33,7 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
         *itertools.product((2, 3, 8), (4096,), (GROUP,), (65536,)),
     ]
     for bits, hidden, group, count in cases:
-        words = packed_words(hidden, bits, "dense")
+        words = row_words(hidden, bits, "dense")
         table = torch.randint(
             -(2**31), 2**31, (VOCABULARY, words), dtype=torch.int32, device=device
         )

@@ -15,12 +15,9 @@ import torch
 from printing import print_table
 
 from ctconvert.runtime.benchmark import ceilings, median_seconds
-from ctconvert.runtime.kernels.marlin import (
-    marlin_dequantize,
-    marlin_gemm,
-    marlin_mxfp4_dequantize,
-    marlin_mxfp4_gemm,
-)
+from ctconvert.runtime.kernels.marlin.kernel import marlin_gemm
+from ctconvert.runtime.kernels.marlin.mxfp4 import marlin_mxfp4_gemm
+from ctconvert.runtime.kernels.marlin.reference import marlin_dequantize, marlin_mxfp4_dequantize
 
 SHAPES = [(4096, 4096), (4096, 28672), (14336, 4096), (8192, 8192)]  # (K, N)
 TOKENS = [1, 16, 64, 256, 1024, 4096]

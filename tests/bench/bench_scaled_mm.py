@@ -2,7 +2,7 @@
 
     python tests/bench/bench_scaled_mm.py
 
-The choice between Triton and torch in ``scaled_mm_triton.py`` rests on this table.
+The choice between Triton and torch in ``runtime/kernels/scaled_mm/triton.py`` rests on this table.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import torch
 from printing import print_table
 
 from ctconvert.runtime.benchmark import median_seconds
-from ctconvert.runtime.kernels import scaled_mm_triton
-from ctconvert.runtime.kernels.scaled_mm import (
-    quantize_per_token,
-    scaled_mm,
-    scaled_mm_reference,
-)
+from ctconvert.runtime.kernels.quantize.kernel import quantize_per_token
+from ctconvert.runtime.kernels.scaled_mm import triton
+from ctconvert.runtime.kernels.scaled_mm.kernel import scaled_mm
+from ctconvert.runtime.kernels.scaled_mm.reference import scaled_mm_reference
 
 SHAPES = [(4096, 4096), (8192, 8192), (4096, 14336)]  # (N, K)
 TOKENS = [1, 16, 64, 256, 1024, 4096]
@@ -59,8 +57,7 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
         x_q, x_scale = quantize_per_token(x, dtype)
         operands = (x_q, weight, x_scale, weight_scale)
         out_dtype = torch.bfloat16
-        config = scaled_mm_triton._choose(m, n, k, dtype == torch.int8, False, x.device)
-        extra = (None, None, None, out_dtype)
+        config = triton._choose(m, n, k, dtype == torch.int8, False, x.device)
         # Of many rows only some: the reference's int8 product is a float64 one.
         some = torch.linspace(0, m - 1, min(m, CHECKED_ROWS), device=device).long()
         expected = scaled_mm_reference(
@@ -68,7 +65,7 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
         )
         for out in (
             scaled_mm(*operands, out_dtype=out_dtype),
-            scaled_mm_triton.scaled_mm(*operands, *extra, config=config),
+            triton.scaled_mm(*operands, out_dtype=out_dtype, config=config),
         ):
             if out.shape != (m, n):
                 raise AssertionError(f"{NAMES[dtype]} {m} x {n} x {k}: shape {list(out.shape)}")
@@ -76,7 +73,7 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
             if not error < 4e-3:
                 raise AssertionError(f"{NAMES[dtype]} {m} x {n} x {k}: error {error}")
         us = _us(partial(scaled_mm, *operands, out_dtype=out_dtype), device)
-        forced = partial(scaled_mm_triton.scaled_mm, *operands, *extra, config=config)
+        forced = partial(triton.scaled_mm, *operands, out_dtype=out_dtype, config=config)
         has_torch = torch_product(*operands) is not None
         torch_us = _us(partial(torch_product, *operands), device) if has_torch else None
         quantise_us = _us(partial(quantize_per_token, x, dtype), device)

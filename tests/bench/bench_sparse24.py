@@ -65,7 +65,7 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
     Raises:
         AssertionError: a result is wrong; nothing more is timed then.
     """
-    from ctconvert.transforms import sparse24_triton as kernels
+    from ctconvert.transforms.sparse24 import triton as kernels
 
     rows = []
     for n, k in SHAPES:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ctconvert.runtime.benchmark import ceilings, median_seconds
-from ctconvert.runtime.kernels import sparse24
-from ctconvert.runtime.kernels.sparse24 import sparse24_mm
+from ctconvert.runtime.kernels.sparse24 import cutlass
+from ctconvert.runtime.kernels.sparse24.kernel import sparse24_mm
 from ctconvert.transforms.sparse24 import sm90_compress
 
 SHAPES = ((8192, 8192), (4096, 14336), (28672, 4096))  # N, K
@@ -85,7 +85,7 @@ def measure(device: torch.device) -> list[dict[str, Any]]:
                 )
                 error = ((ours().float() - wanted).norm() / wanted.norm()).item()
                 assert error < 5e-3, f"{dtype} {n} x {k} x {tokens}: relative error {error:.1e}"
-                variant = sparse24._VARIANTS[dtype.itemsize][sparse24.select(dtype, n, tokens)]
+                variant = cutlass.VARIANTS[dtype.itemsize][cutlass.select(dtype, n, tokens)]
                 peer, call = _dense(x, dense)
                 ours_us, dense_us = (median_seconds(one, device) * 1e6 for one in (ours, call))
                 rows.append(

@@ -15,7 +15,8 @@ import torch
 from printing import print_table
 
 from ctconvert.runtime.benchmark import ceilings, median_seconds
-from ctconvert.runtime.kernels.wna16 import dequantize_wna16, wna16_gemm
+from ctconvert.runtime.kernels.wna16.kernel import wna16_gemm
+from ctconvert.runtime.kernels.wna16.reference import dequantize_wna16
 
 SHAPES = ((4096, 4096), (4096, 28672), (14336, 4096), (8192, 8192))  # K, N
 TOKENS = (1, 16, 64, 256, 1024, 4096)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import config_of, group_config, quantised, weight_args, write_checkpoint
+from support.builders import config_of, group_config, quantised, weight_args, write_checkpoint
 from support.cli import environment, run
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import config_of, group_config, quantised, weight_args, write_checkpoint
+from support.builders import config_of, group_config, quantised, weight_args, write_checkpoint
 from support.cli import Outcome, run
 
 from ctconvert.cli.progress import ShownProgress

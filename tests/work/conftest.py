@@ -14,7 +14,7 @@ from support.executors import Inline
 from support.folders import quick_folder
 from support.models import repack, restore, tree, write_model
 
-from ctconvert.work.staging import ShardDone, read_journal
+from ctconvert.work.journal import ShardDone, read_journal
 
 
 class Place:

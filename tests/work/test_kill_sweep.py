@@ -33,7 +33,7 @@ from ctconvert import api
 from ctconvert.errors import UsageError
 from ctconvert.work import staging
 from ctconvert.work.executors import Threads
-from ctconvert.work.staging import Begin, read_journal
+from ctconvert.work.journal import Begin, read_journal
 
 FULL = os.environ.get("CTCONVERT_SWEEP") == "full"
 #: One operation in so many, where the sweep is not full.

@@ -23,7 +23,7 @@ from ctconvert.runtime.loading import Loader
 from ctconvert.store.local import LocalStore
 from ctconvert.store.places import recover
 from ctconvert.work.build import Settings, build
-from ctconvert.work.staging import Commit, read_journal
+from ctconvert.work.journal import Commit, read_journal
 
 if TYPE_CHECKING:
     from .conftest import Place

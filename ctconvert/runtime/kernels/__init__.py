@@ -1,1 +1,41 @@
-"""Kernels, each beside a plain torch reference of the same signature."""
+"""The kernels of the layouts; importing them compiles nothing and needs no Triton.
+
+To add a kernel: a folder here with its :class:`Kernel` record, and a line in :data:`KERNELS`.
+"""
+
+from __future__ import annotations
+
+from ctconvert.runtime.kernels.base import Binding, Kernel
+from ctconvert.runtime.kernels.gather.kernel import GATHER
+from ctconvert.runtime.kernels.marlin.kernel import MARLIN
+from ctconvert.runtime.kernels.marlin.mxfp4 import MARLIN_MXFP4
+from ctconvert.runtime.kernels.scaled_mm.kernel import SCALED_MM
+from ctconvert.runtime.kernels.sparse24.kernel import CUTLASS_SPARSE24
+from ctconvert.runtime.kernels.wna16.kernel import TRITON_WNA16
+from ctconvert.runtime.kernels.xpu.kernel import XPU_W4A8, XPU_W4A16
+
+#: Every kernel.
+KERNELS: tuple[Kernel, ...] = (
+    TRITON_WNA16,
+    MARLIN,
+    MARLIN_MXFP4,
+    SCALED_MM,
+    CUTLASS_SPARSE24,
+    XPU_W4A8,
+    XPU_W4A16,
+    GATHER,
+)
+
+__all__ = ["KERNELS", "Binding", "Kernel", "get"]
+
+
+def get(layout: str) -> Kernel:
+    """The kernel of the layout of that name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for kernel in KERNELS:
+        if kernel.layout == layout:
+            return kernel
+    raise KeyError(layout)

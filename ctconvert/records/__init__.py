@@ -1,0 +1,55 @@
+"""The records that plans, manifests and reports are made of, and JSON in and out.
+
+Everything is decided in a :class:`Plan` before a byte of weight data is read; a :class:`Manifest`
+is a plan and the hashes of what came of it. Both are all that a reader of an output needs: nothing
+is worked out again from config.json. JSON is checked at this border and nowhere else: every type
+and range, closed sets of names, and that the parts of a record fit each other.
+"""
+
+from __future__ import annotations
+
+from ctconvert.records.border import from_json, to_json
+from ctconvert.records.manifest import FORMAT_VERSION, FileRecord, Manifest, Tool, schema
+from ctconvert.records.plan import (
+    Convert,
+    Copy,
+    Item,
+    Options,
+    Origin,
+    Plan,
+    Recipe,
+    Refusal,
+    Restore,
+    Shard,
+    SourceFile,
+    SourceModule,
+    expert_entry,
+)
+from ctconvert.records.reports import Compared, KernelRun, Report, Verified
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Compared",
+    "Convert",
+    "Copy",
+    "FileRecord",
+    "Item",
+    "KernelRun",
+    "Manifest",
+    "Options",
+    "Origin",
+    "Plan",
+    "Recipe",
+    "Refusal",
+    "Report",
+    "Restore",
+    "Shard",
+    "SourceFile",
+    "SourceModule",
+    "Tool",
+    "Verified",
+    "expert_entry",
+    "from_json",
+    "schema",
+    "to_json",
+]

@@ -1,0 +1,172 @@
+"""``ctconvert.json``: a plan, and the hashes of what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from ctconvert.assembly import leaves
+from ctconvert.errors import VerificationError
+from ctconvert.records.border import Sha256, from_json, to_json
+from ctconvert.records.plan import Convert, Plan, Restore
+from ctconvert.specs import Size
+from ctconvert.store.base import Store
+from ctconvert.store.checkpoint import MANIFEST
+
+FORMAT_VERSION: Literal[2] = 2
+_BLANK = "0" * 64
+
+
+class Tool(Struct, frozen=True):
+    """The program that wrote a manifest."""
+
+    name: Literal["ctconvert"]
+    version: str
+
+
+class FileRecord(Struct, frozen=True):
+    """A file and its SHA-256; of a safetensors file of the output, that of its header."""
+
+    name: str
+    size: Size
+    sha256: Sha256
+
+
+class Manifest(Struct, frozen=True, kw_only=True, dict=True):
+    """``ctconvert.json``: what was made from what, with a hash of every tensor and file.
+
+    ``tensors`` are SHA-256 by full name, ``files`` every file of the output but this one,
+    ``sources`` the source's files. Nothing in it depends on time or place: one source and one set
+    of options give one manifest. ``manifest_sha256`` is the hash of the file with this value
+    replaced by 64 zeros.
+    """
+
+    format_version: Literal[2]
+    tool: Tool
+    plan: Plan
+    tensors: dict[str, Sha256]
+    files: tuple[FileRecord, ...]
+    sources: tuple[FileRecord, ...]
+    manifest_sha256: Sha256 = _BLANK
+
+    @classmethod
+    def load(cls, store: Store) -> Manifest:
+        """Reads and checks the manifest of an output.
+
+        Raises:
+            VerificationError: it is missing, damaged, or of a version this program does not read.
+        """
+        if MANIFEST not in store.sizes():
+            raise VerificationError(
+                f"{store.where}: no {MANIFEST}, so this is no complete ctconvert checkpoint"
+            )
+        return cls.parse(store.read(MANIFEST), store.path(MANIFEST))
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> Manifest:
+        """A manifest from the bytes of its file; ``where`` names it in messages.
+
+        Raises:
+            VerificationError: as for :meth:`load`.
+        """
+        head = from_json(data, _Head, where)
+        if head.format_version != FORMAT_VERSION:
+            raise VerificationError(
+                f"{where}: format_version {head.format_version}, and this program reads "
+                f"{FORMAT_VERSION}; use the ctconvert that wrote it, or convert the source again"
+            )
+        digest = head.manifest_sha256
+        blank = data.replace(digest.encode(), _BLANK.encode())
+        if len(digest) != 64 or hashlib.sha256(blank).hexdigest() != digest:
+            raise VerificationError(f"{where}: damaged: its contents do not match its own hash")
+        manifest = from_json(data, cls, where)
+        if wrong := _contradiction(manifest):
+            raise VerificationError(f"{where}: damaged: {wrong}")
+        return manifest
+
+    def dump(self) -> bytes:
+        """The file's bytes, its own hash filled in."""
+        blank = to_json(msgspec.structs.replace(self, manifest_sha256=_BLANK), indent=1)
+        digest = hashlib.sha256(blank).hexdigest()
+        before, key, after = blank.rpartition(b'"manifest_sha256": "' + _BLANK.encode() + b'"')
+        return before + key.replace(_BLANK.encode(), digest.encode()) + after
+
+    @cached_property
+    def file_records(self) -> dict[str, FileRecord]:
+        return {record.name: record for record in self.files}
+
+
+class _Head(Struct):
+    """What tells a manifest's version and hash, whatever else it holds."""
+
+    format_version: int = 0
+    manifest_sha256: str = ""
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a manifest."""
+    found = msgspec.json.schema(Manifest)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """The first place where the parts of a manifest do not fit each other."""
+    plan = manifest.plan
+    entries = plan.entries
+    listed = [name for shard in plan.shards for name in shard.tensors]
+    if len(listed) != len(set(listed)) or set(listed) != entries.keys():
+        return "plan.shards do not list every tensor of plan.items once"
+    if manifest.tensors.keys() != entries.keys():
+        return "tensors do not hold a hash of every tensor of plan.items"
+    place = {name: shard.name for shard in plan.shards for name in shard.tensors}
+    files = {record.name for record in manifest.files}
+    wanted = [*place.values(), *(file.name for file in plan.side_files), "config.json"]
+    if missing := [name for name in wanted if name not in files]:
+        return f"files do not list {missing[0]}"
+    for entry in entries.values():
+        if entry.file != place[entry.name]:
+            return f"tensor {entry.name} lies in {entry.file}, and another shard lists it"
+    for item in plan.items:
+        modules = item.modules if isinstance(item, Restore) else (item,)
+        for module in modules:
+            if isinstance(module, Convert) and (wrong := _wrong_module(module)):
+                return f"module {module.name}: {wrong}"
+    return None
+
+
+def _wrong_module(module: Convert) -> str | None:
+    if not module.sources or not module.units:
+        return "it is made of nothing"
+    for part in leaves(module.recipe.assembly):
+        if part.source >= len(module.sources):
+            return f"its assembly names source {part.source} of {len(module.sources)}"
+        count = module.sources[part.source].experts
+        if (count is None) != (part.expert is None) or (part.expert or 0) >= (count or 1):
+            return f"its assembly names expert {part.expert} of {count}"
+    try:
+        module.logical  # noqa: B018 (computed to see that it can be)
+    except ValueError as error:
+        return str(error)
+    for source in module.sources:
+        for local in source.tensors:
+            if not local or "." in local:
+                return f"{source.name} holds a tensor {local!r}"
+        if source.experts is not None and any(
+            entry.spec.shape[:1] != (source.experts,)
+            for local, entry in source.tensors.items()
+            if local not in source.values
+        ):
+            return f"the tensors of {source.name} have no {source.experts} experts"
+    prefix = module.name + "."
+    for entry in module.made:
+        if not entry.name.startswith(prefix):
+            return f"tensor {entry.name} is not its own"
+    if module.experts is not None and any(
+        entry.spec.shape[:1] != (module.experts,) for entry in module.outputs
+    ):
+        return f"its tensors have no {module.experts} experts"
+    return None

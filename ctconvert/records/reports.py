@@ -1,0 +1,60 @@
+"""What the verbs report."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from ctconvert.records.plan import Refusal
+
+
+class KernelRun(Struct, frozen=True):
+    """What running a layout's modules showed: the worst error, where, and what was allowed."""
+
+    layout: str
+    modules: int
+    worst_error: float
+    module: str
+    case: str
+    tolerance: float
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    """What a conversion or restoration did: ``--json`` of both verbs."""
+
+    out: str
+    target: str | None
+    layouts: dict[str, int]
+    modules: int
+    copied_tensors: int
+    kept: tuple[Refusal, ...]
+    shards: int
+    resumed_shards: int
+    source_bytes: int
+    output_bytes: int
+    side_files: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class Compared(Struct, frozen=True, kw_only=True):
+    """What a comparison with a source found equal."""
+
+    checkpoint: str
+    source: str
+    modules: int
+    copied_tensors: int
+    source_bytes: int
+
+
+class Verified(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a verification found to be as the manifest says: ``verify --json``.
+
+    ``against`` is there where a source was compared, ``kernels`` (by layout) where they ran.
+    """
+
+    checkpoint: str
+    tensors: int
+    modules: int
+    files: int
+    bytes: int
+    against: Compared | None = None
+    kernels: dict[str, KernelRun] | None = None

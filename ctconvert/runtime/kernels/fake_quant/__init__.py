@@ -1,0 +1,1 @@
+"""INT8 fake quantisation, which several kernels use."""

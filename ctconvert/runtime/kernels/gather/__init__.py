@@ -1,0 +1,1 @@
+"""Look-up in a quantised embedding on ``gather``."""

@@ -1,0 +1,1 @@
+"""Matmul on Marlin tiles: ``marlin`` and ``marlin-mxfp4``."""

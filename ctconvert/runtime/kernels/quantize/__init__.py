@@ -1,0 +1,1 @@
+"""8-bit quantisation of activations, which several kernels use."""

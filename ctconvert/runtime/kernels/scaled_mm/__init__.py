@@ -1,0 +1,1 @@
+"""8-bit matmul on ``scaled-mm``."""

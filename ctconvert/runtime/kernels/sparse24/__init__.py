@@ -1,0 +1,1 @@
+"""2:4 sparse matmul on ``cutlass-sparse24``."""

@@ -1,0 +1,1 @@
+"""Weight-only INT matmul on ``triton-wna16``."""

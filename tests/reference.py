@@ -1,3 +1,0 @@
-"""The references under their former name."""
-
-from support.reference import *  # noqa: F403

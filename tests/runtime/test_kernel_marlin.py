@@ -1,0 +1,482 @@
+"""Matmul on Marlin tiles: against real kernels' vectors, naive encoders and float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ctconvert.runtime.kernels.marlin import triton
+from ctconvert.runtime.kernels.marlin.kernel import marlin_gemm
+from ctconvert.runtime.kernels.marlin.mxfp4 import marlin_mxfp4_gemm
+from ctconvert.runtime.kernels.marlin.reference import marlin_dequantize, marlin_mxfp4_dequantize
+from ctconvert.runtime.kernels.marlin.triton import Config, Dense
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GOLDEN = Path(__file__).parents[1] / "golden"
+SMALL = Config(16, 64, 4, 4, 2, 1)
+SPLIT = Config(16, 128, 4, 4, 2, 3)
+WIDE = Config(16, 128, 8, 4, 2, 1)
+SIZES = (-1, 32, 48, 64, 96, 192)
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """i32 words [R, C*bits/32] of codes [R, C], low first."""
+    per = codes.reshape(codes.shape[0], -1, 32 // bits).long()
+    words = sum(per[:, :, i] << (bits * i) for i in range(32 // bits))
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def naive_tiles(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Marlin tiles of codes [K, N], from the order of the tensor cores' operand.
+
+    Lane i of a warp holds, of the B operand of mma.m16n8k16, column i // 4 and rows 2 (i % 4),
+    + 1, + 8, + 9; a word holds the lane's codes of one 16 x 16 tile (two operands side by side).
+    """
+    k, n = codes.shape
+    order = [0, 2, 4, 6, 1, 3, 5, 7] if bits == 4 else [0, 2, 1, 3]
+    places = []
+    for lane in range(32):
+        for column in range(4):
+            entries = []
+            for half in range(2):
+                for row in (0, 1, 8, 9):
+                    entries.append((2 * (lane % 4) + row, column * 16 + lane // 4 + 8 * half))
+            for start in range(0, 8, len(order)):
+                places.extend(entries[start + o] for o in order)
+    in_k = torch.tensor([place[0] for place in places])
+    in_n = torch.tensor([place[1] for place in places])
+    rows = []
+    for tile_k in range(0, k, 16):
+        runs = [codes[tile_k + in_k, tile_n + in_n] for tile_n in range(0, n, 64)]
+        rows.append(torch.cat(runs))
+    return pack(torch.stack(rows), bits)
+
+
+def naive_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Marlin's order of scales [K/G, N], element by element."""
+    out = torch.empty_like(scales)
+    for place in range(scales.shape[1]):
+        if scales.shape[0] > 1:
+            run, at = place // 64 * 64, place % 64
+            source = run + at // 8 + 8 * (at % 8)
+        else:
+            run, at = place // 32 * 32, place % 32
+            source = run + 2 * (at // 8) + (0, 1, 8, 9, 16, 17, 24, 25)[at % 8]
+        out[:, place] = scales[:, source]
+    return out
+
+
+def naive_zero_points(zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """vLLM's marlin_zero_points of codes [K/G, N]: permuted by 64, interleaved, packed along N."""
+    run = [0, 2, 4, 6, 1, 3, 5, 7] if bits == 4 else [0, 2, 1, 3]
+    rows = []
+    for row in zeros.tolist():
+        permuted = [row[p // 64 * 64 + p % 64 // 8 + 8 * (p % 8)] for p in range(len(row))]
+        size = len(run)
+        rows.append([permuted[p // size * size + run[p % size]] for p in range(len(row))])
+    return pack(torch.tensor(rows), bits)
+
+
+def make(
+    bits: int, n: int, k: int, group_size: int, zero_point: bool, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """(qweight, scales, qzeros, the float64 weight [N, K]) of random codes."""
+    rows = k if group_size == -1 else group_size
+    codes = torch.randint(0, 2**bits, (k, n))
+    scales = (torch.rand(k // rows, n) * 0.02 + 0.01).to(dtype)
+    zeros = torch.randint(0, 2**bits, (k // rows, n)) if zero_point else None
+    shift = torch.full((k // rows, n), 2 ** (bits - 1)) if zeros is None else zeros
+    spread = torch.arange(k) // rows
+    weight = (codes - shift[spread]).double() * scales[spread].double()
+    packed = None if zeros is None else naive_zero_points(zeros, bits)
+    return naive_tiles(codes, bits), naive_scales(scales), packed, weight.t()
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    expected = expected.double().cpu()
+    return float((out.double().cpu() - expected).norm() / expected.norm())
+
+
+def on_device(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if t is None else t.to(DEVICE) for t in tensors]
+
+
+@pytest.mark.parametrize("shape", ["w4.K128.N64", "w4.K256.N128", "w8.K128.N64", "w8.K256.N128"])
+def test_tiles_of_the_real_repack_kernel(shape: str) -> None:
+    vectors = load_file(GOLDEN / "marlin_repack.safetensors")
+    source, tiles = (vectors[f"marlin_repack.{shape}.{key}"] for key in ("in", "out"))
+    bits = int(shape[1])
+    n, k = source.shape[1], source.shape[0] * 32 // bits
+    # The K-packed source: code i of word (r, n) is the weight (r * f + i, n).
+    per = 32 // bits
+    codes = torch.stack([source >> (bits * i) & (2**bits - 1) for i in range(per)], dim=1)
+    signed = codes.reshape(k, n) - 2 ** (bits - 1)
+    weight = marlin_dequantize(tiles, torch.ones(1, n), bits=bits, n=n, k=k, group_size=-1)
+    assert torch.equal(weight, signed.t().float())
+    x = torch.eye(k, dtype=torch.float16)[: k // 2 : 3].contiguous()
+    out = triton.gemm(*on_device(x, tiles, torch.ones(1, n)), bits=bits, n=n, k=k, group_size=-1)
+    assert torch.equal(out.cpu().float(), signed[: k // 2 : 3].float())
+
+
+def test_mxfp4_against_the_real_kernel() -> None:
+    vectors = load_file(GOLDEN / "marlin_mxfp4.safetensors")
+    v = {key.removeprefix("mxfp4_marlin."): value for key, value in vectors.items()}
+    n, k = v["weight_packed"].shape[0], v["weight_packed"].shape[1] * 2
+    nibbles = torch.stack([v["weight_packed"] & 15, v["weight_packed"] >> 4], dim=-1).reshape(n, k)
+    values = torch.tensor([*E2M1, *(-e for e in E2M1)])[nibbles.long()]
+    scale = torch.exp2(v["weight_scale"].double() - 127).repeat_interleave(32, dim=1)
+    dense = values.double() * scale
+    weight = marlin_mxfp4_dequantize(v["out_weight"], v["out_scale_u8"], n=n, k=k)
+    assert torch.equal(weight.double(), dense)
+    arguments = (v["x"], v["out_weight"], v["out_scale_u8"])
+    reference = marlin_mxfp4_gemm(*arguments, n=n, k=k)
+    # The kernel adds in another order: one bf16 step where a sum is near a rounding boundary.
+    assert torch.allclose(reference.float(), v["y"].float(), rtol=2**-7, atol=0)
+    kernel = triton.mxfp4_gemm(*on_device(*arguments), n=n, k=k).cpu()
+    # On a CPU this is Triton's interpreter, which truncates to bf16.
+    assert torch.allclose(kernel.float(), v["y"].float(), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k", "group_size"), [(64, 96, 48), (128, 64, -1), (64, 64, 64)])
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_reference_equals_the_naive_weight(
+    bits: int, n: int, k: int, group_size: int, zero_point: bool
+) -> None:
+    torch.manual_seed(n + k)
+    qweight, scales, qzeros, weight = make(bits, n, k, group_size, zero_point, torch.bfloat16)
+    shape = {"bits": bits, "n": n, "k": k, "group_size": group_size}
+    assert torch.equal(marlin_dequantize(qweight, scales, qzeros, **shape).double(), weight)
+    x, bias = torch.randn(3, 2, k).half(), torch.randn(n).half()
+    order = torch.randperm(k).int()
+    out = marlin_gemm(x, qweight, scales, qzeros, order, bias, **shape)
+    expected = x.double()[..., order.long()] @ weight.t() + bias.double()
+    assert out.shape == (3, 2, n)
+    assert relative_error(out, expected) < 1e-3
+
+
+#: Tiles, group size, bits and whether there are zero points. Groups that a step of K holds one of,
+#: several of, or parts of, with and without zero points, for either width.
+TILED: tuple[tuple[Config | Dense, int, int, bool], ...] = (
+    *((SMALL, size, 4, zero) for size, zero in zip(SIZES, (True, False) * 3, strict=True)),
+    *((SMALL, size, 8, zero) for size, zero in zip(SIZES, (False, True) * 3, strict=True)),
+    (SPLIT, -1, 8, True),
+    (SPLIT, 64, 4, False),
+    (WIDE, 32, 8, True),
+    (WIDE, 64, 4, True),
+    (WIDE, 96, 4, False),
+    (WIDE, 96, 8, True),
+    (Dense(), -1, 4, True),
+    (Dense(), 48, 8, False),
+)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", range(len(TILED)))
+def test_triton_equals_the_reference(case: int) -> None:
+    config, group_size, bits, zero_point = TILED[case]
+    torch.manual_seed(case)
+    n, k = 192, 192  # N is no multiple of 128, K none of 128
+    # Each kind of tile meets both dtypes, permuted columns and plain, one tile of rows and two.
+    dtype, tolerance = ((torch.float16, 1e-3), (torch.bfloat16, 1e-2))[case % 2]
+    m, order = (19, 5)[case // 3 % 2], torch.randperm(k).int() if case // 2 % 2 else None
+    qweight, scales, qzeros, weight = make(bits, n, k, group_size, zero_point, torch.float16)
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    shape = {"bits": bits, "n": n, "k": k, "group_size": group_size}
+    arguments = on_device(x, qweight, scales, qzeros, order, bias)
+    out = triton.gemm(*arguments, **shape, config=config)
+    columns = torch.arange(k) if order is None else order.long()
+    expected = x.double()[:, columns] @ weight.t() + bias.double()
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < tolerance
+
+
+@pytest.mark.parametrize(("start", "m"), [(1, 40), (2, 3)])
+def test_activations_anywhere_in_memory(start: int, m: int) -> None:
+    torch.manual_seed(0)
+    qweight, scales, _, weight = make(4, 64, 64, 32, False, torch.float16)
+    x = torch.randn(start + m * 64, device=DEVICE).half()[start:].view(m, 64)
+    shape = {"bits": 4, "n": 64, "k": 64, "group_size": 32}
+    out = triton.gemm(x, *on_device(qweight, scales), **shape, config=SMALL)
+    assert relative_error(out, x.double().cpu() @ weight.t()) < 1e-3
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"), [(192, 96, 48), (64, 192, -1), (128, 272, 16), (64, 384, 128)]
+)
+def test_triton_dequantises_exactly(bits: int, n: int, k: int, group_size: int) -> None:
+    torch.manual_seed(k)
+    zero_point = (k > 192) == (bits == 4)
+    qweight, scales, qzeros, weight = make(bits, n, k, group_size, zero_point, torch.float16)
+    group = 0 if scales.shape[0] == 1 else group_size
+    arguments = on_device(qweight, scales, qzeros)
+    shape = {"n": n, "k": k, "kind": bits, "group": group}
+    exact = triton.dequantize(*arguments, **shape, dtype=torch.float32)
+    assert torch.equal(exact.cpu().double(), weight)
+    rounded = triton.dequantize(*arguments, **shape, dtype=torch.bfloat16)
+    assert torch.equal(rounded.cpu(), weight.bfloat16())
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_triton_dequantises_mxfp4_exactly() -> None:
+    torch.manual_seed(0)
+    n, k = 128, 160
+    words = naive_tiles(torch.randint(0, 16, (k, n)), 4)
+    scale = torch.randint(2, 254, (k // 32, n), dtype=torch.uint8)
+    shape = {"n": n, "k": k, "kind": 16, "group": 32, "dtype": torch.bfloat16}
+    made = triton.dequantize(*on_device(words, scale, None), **shape)
+    assert torch.equal(made.cpu().float(), marlin_mxfp4_dequantize(words, scale, n=n, k=k))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("config", [SMALL, SPLIT, WIDE], ids=["small", "split", "wide"])
+def test_triton_mxfp4_equals_the_reference(config: Config) -> None:
+    torch.manual_seed(0)
+    n, k, m = 192, 160, 5
+    codes = torch.randint(0, 16, (k, n))
+    weight = naive_tiles(codes, 4)
+    # In Marlin's order or not: any order will do.
+    scale = torch.randint(100, 140, (k // 32, n), dtype=torch.uint8)
+    bias = torch.randn(n)
+    for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
+        # Small weights that f16 could not hold, large activations: the f16 product is exact.
+        x = (torch.randn(m, k) * 2.0**8).to(dtype)
+        small = scale - 24
+        arguments = (x, weight, small)
+        expected = marlin_mxfp4_gemm(*arguments, bias.to(dtype), n=n, k=k)
+        out = triton.mxfp4_gemm(*on_device(*arguments, bias.to(dtype)), n=n, k=k, config=config)
+        assert relative_error(out, expected) < tolerance
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_reads_what_the_converter_writes(bits: int, groups: int) -> None:
+    from ctconvert.transforms import marlin as transforms
+
+    torch.manual_seed(groups)
+    n, k = 128, 192
+    codes = torch.randint(0, 2**bits, (n, k))
+    zeros = torch.randint(0, 2**bits, (groups, n), dtype=torch.uint8)
+    scales = torch.rand(groups, n).bfloat16()
+    order = torch.randperm(k).int()
+    tiles = transforms.marlin_pack(pack(codes[:, order.long()], bits), bits)
+    arguments = (
+        tiles,
+        transforms.marlin_permute_scales(scales, channelwise=groups == 1),
+        transforms.marlin_pack_zero_points(zeros, bits),
+    )
+    spread = torch.arange(k) // (k // groups)
+    weight = (codes[:, order.long()] - zeros.t()[:, spread].long()).double()
+    weight *= scales.t()[:, spread].double()
+    shape = {"bits": bits, "n": n, "k": k, "group_size": k // groups}
+    assert torch.equal(marlin_dequantize(*arguments, **shape).double(), weight)
+    x = torch.randn(2, k).bfloat16()
+    out = marlin_gemm(*on_device(x, *arguments, order), **shape)
+    assert relative_error(out, x.double()[:, order.long()] @ weight.t()) < 5e-3
+
+
+def test_mxfp4_reads_what_the_converter_writes() -> None:
+    from ctconvert.transforms import marlin as transforms
+
+    torch.manual_seed(0)
+    n, k = 128, 96
+    codes = torch.randint(0, 16, (n, k))
+    scale = torch.randint(120, 130, (n, k // 32), dtype=torch.uint8)
+    tiles = transforms.marlin_pack(pack(codes, 4), 4)
+    permuted = transforms.marlin_permute_mxfp4_scales(scale.t().contiguous())
+    weight = torch.tensor([*E2M1, *(-e for e in E2M1)]).double()[codes]
+    weight *= torch.exp2(scale.double() - 127).repeat_interleave(32, dim=1)
+    assert torch.equal(marlin_mxfp4_dequantize(tiles, permuted, n=n, k=k).double(), weight)
+    x = torch.randn(2, k).bfloat16()
+    for kind in (torch.uint8, torch.float8_e8m0fnu):
+        out = marlin_mxfp4_gemm(*on_device(x, tiles, permuted.view(kind)), n=n, k=k)
+        assert relative_error(out, x.double() @ weight.t()) < 5e-3
+
+
+def test_many_f16_tokens_meet_weights_too_small_for_f16() -> None:
+    """More tokens than a tile has, where a bf16 x would take the dequantised weight."""
+    torch.manual_seed(0)
+    n, k = 64, 64
+    m = triton.DENSE_ROWS + 1
+    codes = torch.randint(0, 16, (k, n))
+    weight = naive_tiles(codes, 4)
+    scale = torch.full((k // 32, n), 127 - 30, dtype=torch.uint8)  # f16 ends at 2**-24
+    x = (torch.randn(m, k) * 2.0**13).half()
+    out = triton.mxfp4_gemm(*on_device(x, weight, scale), n=n, k=k)
+    expected = x.double() @ marlin_mxfp4_dequantize(weight, scale, n=n, k=k).double().t()
+    assert float(expected.abs().mean()) > 2.0**-14
+    assert relative_error(out, expected) < 5e-3
+
+
+def test_e8m0_ends() -> None:
+    codes = torch.full((32, 64), 1)  # 0.5
+    codes[0] = 7
+    scale = torch.zeros(1, 64, dtype=torch.uint8)
+    scale[0, 5] = 255
+    weight = marlin_mxfp4_dequantize(naive_tiles(codes, 4), scale, n=64, k=32)
+    assert weight.isnan().any(dim=1).sum() == 1
+    assert (weight[:, 0].nan_to_num(0) != 0).sum() == 63
+    assert weight[0, 0] == 6 * 2.0**-127 and weight[0, 1] == 2.0**-128
+    x = torch.zeros(1, 32).bfloat16()
+    x[0, 0] = 2.0**100
+    arguments = on_device(x, naive_tiles(codes, 4), scale)
+    out = triton.mxfp4_gemm(*arguments, n=64, k=32, config=SMALL).cpu().float()
+    assert out.isnan().sum() == 1
+    assert torch.equal(out.isnan()[0], weight[:, 0].isnan())
+    assert (out[~out.isnan()] == 6 * 2.0**-27).all()
+
+
+def test_infinite_activations_stay_infinite() -> None:
+    weight = naive_tiles(torch.full((32, 64), 2), 4)  # 1.0
+    scale = torch.full((1, 64), 127, dtype=torch.uint8)
+    x = torch.ones(1, 32).half()
+    x[0, 3] = torch.inf
+    out = triton.mxfp4_gemm(*on_device(x, weight, scale), n=64, k=32, config=SMALL)
+    assert (out == torch.inf).all()
+
+
+@pytest.mark.parametrize("lead", [(0,), (), (2, 0)])
+def test_no_or_one_token(lead: tuple[int, ...]) -> None:
+    qweight, scales, _, weight = make(4, 64, 64, 32, False, torch.float16)
+    x = torch.randn(*lead, 64).half()
+    out = marlin_gemm(*on_device(x, qweight, scales), bits=4, n=64, k=64, group_size=32)
+    assert out.shape == (*lead, 64)
+    if out.numel():
+        assert relative_error(out, x.double() @ weight.t()) < 1e-3
+
+
+def test_bad_arguments_are_named() -> None:
+    n, k = 128, 64
+    qweight, scales, qzeros, _ = make(4, n, k, 32, True, torch.float16)
+    good = {
+        "x": torch.randn(2, k).half(),
+        "qweight": qweight,
+        "scales": scales,
+        "qzeros": qzeros,
+        "g_idx_sort_indices": torch.arange(k).int(),
+        "bias": torch.zeros(n).half(),
+        "bits": 4,
+        "n": n,
+        "k": k,
+        "group_size": 32,
+    }
+    marlin_gemm(**good)
+    for change, error, message in (
+        ({"x": torch.randn(2, k)}, TypeError, "x must be float16 or bfloat16"),
+        ({"x": torch.randn(2, 32).half()}, ValueError, r"x must have shape \[\.\.\., 64\]"),
+        ({"x": torch.randn(k, 2).half().t()}, ValueError, "x must be contiguous"),
+        ({"qweight": qweight.float()}, TypeError, "qweight must be int32"),
+        ({"qweight": qweight.t().contiguous()}, ValueError, r"qweight must have shape \[4, 256\]"),
+        ({"scales": scales[:1]}, ValueError, r"scales must have shape \[2, 128\]"),
+        ({"scales": scales.double()}, TypeError, "scales must be"),
+        ({"qzeros": qzeros[:, :8]}, ValueError, r"qzeros must have shape \[2, 16\]"),
+        ({"g_idx_sort_indices": torch.arange(k)}, TypeError, "g_idx_sort_indices must be int32"),
+        ({"bias": torch.zeros(n)}, TypeError, "bias must be float16"),
+        ({"bias": torch.zeros(1).half()}, ValueError, "bias must have shape"),
+        ({"bits": 2}, ValueError, "bits must be 4 or 8"),
+        ({"n": 96}, ValueError, "n must be a positive multiple of 64"),
+        ({"k": 40}, ValueError, "k must be a positive multiple of 16"),
+        ({"group_size": 24}, ValueError, "group_size must be -1"),
+        ({"scales": scales.to("meta")}, ValueError, "scales is on meta"),
+    ):
+        with pytest.raises(error, match=message):
+            marlin_gemm(**{**good, **change})
+    weight, scale = naive_tiles(torch.zeros(k, n), 4), torch.zeros(2, n, dtype=torch.uint8)
+    for change, error, message in (
+        ({"scale": scale.half()}, TypeError, "scale must be uint8"),
+        ({"scale": scale[:1]}, ValueError, r"scale must have shape \[2, 128\]"),
+        ({"weight": weight[:2]}, ValueError, r"weight must have shape \[4, 256\]"),
+        ({"k": 48}, ValueError, "k must be a multiple of 32"),
+    ):
+        arguments = {"x": good["x"], "weight": weight, "scale": scale, "n": n, "k": k}
+        with pytest.raises(error, match=message):
+            marlin_mxfp4_gemm(**{**arguments, **change})
+
+
+def test_the_custom_ops_are_sound() -> None:
+    n, k = 64, 64
+    qweight, scales, qzeros, _ = make(4, n, k, 32, True, torch.float16)
+    x = torch.randn(2, k).half()
+    order = torch.arange(k).int()
+    ops = torch.ops.ctconvert
+    options = {"bits": 4, "n": n, "k": k, "group_size": 32}
+    torch.library.opcheck(ops.marlin_gemm.default, (x, qweight, scales, qzeros, order), options)
+    scale = torch.full((2, n), 127, dtype=torch.uint8)
+    torch.library.opcheck(ops.marlin_mxfp4_gemm.default, (x, qweight, scale), {"n": n, "k": k})
+    compiled = torch.compile(marlin_gemm, backend="aot_eager", fullgraph=True)
+    shape = {"bits": 4, "n": n, "k": k, "group_size": 32}
+    expected = marlin_gemm(x, qweight, scales, **shape)
+    assert torch.equal(compiled(x, qweight, scales, **shape), expected)
+
+
+def random_words(*shape: int) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"),
+    [(1088, 2048, 128), (4096, 1088, 32), (512, 1536, -1), (576, 1024, 256)],
+)
+def test_gpu_gemm(bits: int, n: int, k: int, group_size: int) -> None:
+    torch.manual_seed(n)
+    rows = k if group_size == -1 else group_size
+    shape = {"bits": bits, "n": n, "k": k, "group_size": group_size}
+    qweight = random_words(k // 16, n * bits // 2)
+    scales = (torch.rand(k // rows, n, device="cuda") * 0.02).bfloat16()
+    order = torch.randperm(k, device="cuda").int()
+    # A pair of zero points and dtype is a compilation of every tile: each width meets all four,
+    # each group size two.
+    first = (n > 1024) == (bits == 4)
+    for zero_point, dtype, tokens in (
+        (first, torch.bfloat16, (1, 50, 700)),
+        (not first, torch.float16, (17, 100, 256)),
+    ):
+        qzeros = random_words(k // rows, n * bits // 32) if zero_point else None
+        weight = marlin_dequantize(qweight, scales, qzeros, **shape).double()
+        for m in tokens:
+            x = torch.randn(m, k, device="cuda").to(dtype)
+            bias = torch.randn(n, device="cuda").to(dtype)
+            out = marlin_gemm(x, qweight, scales, qzeros, order, bias, **shape)
+            expected = x.double()[:, order.long()] @ weight.t() + bias.double()
+            limit = 5e-3 if dtype == torch.bfloat16 else 1e-3
+            assert relative_error(out, expected) < limit, (m, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gpu_mxfp4(dtype: torch.dtype) -> None:
+    n, k = 1088, 1056
+    weight = random_words(k // 16, n * 2)
+    scale = torch.randint(115, 130, (k // 32, n), dtype=torch.uint8, device="cuda")
+    dense = marlin_mxfp4_dequantize(weight, scale, n=n, k=k).double()
+    for m in (1, 50, 300):
+        x = torch.randn(m, k, device="cuda").to(dtype)
+        out = marlin_mxfp4_gemm(x, weight, scale, n=n, k=k)
+        assert relative_error(out, x.double() @ dense.t()) < 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 300])
+def test_gpu_graph_and_compile(m: int) -> None:
+    n, k = 512, 1024
+    qweight = random_words(k // 16, n * 2)
+    scales = torch.rand(k // 128, n, device="cuda").bfloat16()
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    shape = {"bits": 4, "n": n, "k": k, "group_size": 128}
+    compiled = torch.compile(marlin_gemm, fullgraph=True)
+    eager = marlin_gemm(x, qweight, scales, **shape)
+    assert torch.equal(compiled(x, qweight, scales, **shape), eager)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = marlin_gemm(x, qweight, scales, **shape)
+    x.copy_(torch.randn(m, k))
+    graph.replay()
+    assert torch.equal(out, marlin_gemm(x, qweight, scales, **shape))
