@@ -217,6 +217,15 @@ class Slow(WatchedStore):
         super().read_into(name, offset, buffer)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is KeyboardInterrupt here, also in a background job, whose shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_run_soon(place: Place, whole: Whole) -> None:
     """Its threads end with it, and what is finished stays."""
     begun = threading.Event()
