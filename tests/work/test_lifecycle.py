@@ -201,13 +201,14 @@ def test_a_link_to_an_output_is_followed(place: Place, whole: Whole) -> None:
 def test_the_current_directory_and_its_parents_are_no_output(
     place: Place,
     converted: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     verb: str,
     current: str,
     out: str,
 ) -> None:
-    source = place.folder.parent / "elsewhere"
-    (place.model if verb == "repack" else converted).rename(source)
+    source = tmp_path / "source"
+    shutil.copytree(place.model if verb == "repack" else converted, source)
     (place.folder / "work" / "deep").mkdir(parents=True)
     (place.folder / "link").symlink_to("work")
     monkeypatch.chdir(place.folder / current)
@@ -219,7 +220,6 @@ def test_the_current_directory_and_its_parents_are_no_output(
             else:
                 api.restore(source, out, workers=1, **flags)
     assert tree(place.folder) == before
-    source.rename(place.folder / "moved")
 
 
 @pytest.mark.parametrize("out", ["model", "model/inside", "model/a/b", ".", "link", "link/inside"])
