@@ -22,6 +22,7 @@ from ctconvert.progress import Silent
 from ctconvert.runtime.loading import Loader
 from ctconvert.store.local import LocalStore
 from ctconvert.store.places import recover
+from ctconvert.work import staging
 from ctconvert.work.build import Settings, build
 from ctconvert.work.journal import Commit, read_journal
 
@@ -155,6 +156,48 @@ def test_what_is_added_to_out_during_a_run_is_kept(place: Place, whole: Whole) -
     notes.unlink()
     assert repack(place.model, place.out, resume=True).resumed_shards == 3
     assert tree(place.out) == whole and place.is_clean
+
+
+def test_what_is_added_to_out_at_the_last_moment_is_kept(
+    place: Place, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last look at it: what was exchanged is looked at, and exchanged back."""
+    another_conversion(place.out)
+    notes = place.out / "notes.txt"
+    exchange, times = staging.exchange, []
+
+    def late(a: Path, b: Path) -> bool:
+        if not times:
+            notes.write_text("mine")
+        times.append((a, b))
+        return exchange(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "exchange", late)
+        with pytest.raises(ConversionError, match=r"notes\.txt.*left alone"):
+            repack(place.model, place.out, overwrite=True)
+    assert len(times) == 2 and notes.read_text() == "mine"
+    notes.unlink()
+    assert repack(place.model, place.out, resume=True).resumed_shards == 3
+    assert tree(place.out) == whole and place.is_clean
+
+
+def test_out_is_back_at_once_where_the_new_one_cannot_take_its_place(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two steps, of which the second fails."""
+    another_conversion(place.out)
+    old = tree(place.out)
+
+    def no_exchange(a: Path, b: Path) -> bool:
+        shutil.rmtree(a)
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "exchange", no_exchange)
+        with pytest.raises(ConversionError, match="cannot write"):
+            repack(place.model, place.out, overwrite=True)
+    assert tree(place.out) == old
 
 
 def test_an_output_of_the_first_version_of_the_manifest_is_replaced(
@@ -386,6 +429,19 @@ def test_a_damaged_shard_is_made_again(
     assert tree(place.out) == whole
 
 
+def test_what_lies_among_the_shards_and_is_none_is_not_carried_along(
+    place: Place, whole: Whole
+) -> None:
+    """Side files of an earlier attempt, shards that were not finished: they may be of any age."""
+    place.killed()
+    (place.built / "tokenizer.json").write_text("older")
+    (place.built / "generation_config.json").write_text("no longer in the source")
+    (place.built / "templates" / "x").mkdir(parents=True)
+    repack(place.model, place.out, resume=True)
+    assert tree(place.out) == whole and place.is_clean
+    assert not (place.out / "templates" / "x").exists()
+
+
 def test_a_leftover_empty_folder_is_no_hindrance(place: Place, whole: Whole) -> None:
     """As a kill leaves it before the journal exists, or at the very end."""
     for flags in ({}, {"resume": True}):
@@ -615,8 +671,6 @@ def test_the_journal_of_another_run_is_not_mistaken_for_the_one_that_was_seen(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between a first look and the lock another run came, of another source, and was killed."""
-    from ctconvert.work import staging
-
     other = place.folder / "converted"
     shutil.copytree(place.model, other)
     flip(other / "model-00001-of-00002.safetensors")
