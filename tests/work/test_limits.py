@@ -30,7 +30,7 @@ from support.models import (
     tree,
     write_json,
 )
-from support.stores import WatchedStore
+from support.stores import Plain, WatchedStore
 
 from ctconvert import api
 from ctconvert.errors import ConversionError, UsageError, VerificationError
@@ -250,6 +250,29 @@ def test_ctrl_c_ends_a_run_soon(place: Place, whole: Whole) -> None:
     finished = len(place.finished())
     assert repack(place.model, place.out, resume=True).resumed_shards == finished
     assert tree(place.out) == whole and place.is_clean
+
+
+@pytest.mark.parametrize("phase", ["converting", "verifying"])
+def test_ctrl_c_in_any_phase_keeps_what_is_finished(place: Place, whole: Whole, phase: str) -> None:
+    class Impatient(Plain):
+        def advance(self, count: int) -> None:
+            super().advance(count)
+            if self.phases[-1][0] == phase and self.done > self.phases[0][1] * 0.9:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repack(place.model, place.out, progress=Impatient())
+    finished = len(place.finished())
+    assert finished == (3 if phase == "verifying" else 2) and not place.out.exists()
+    assert repack(place.model, place.out, resume=True).resumed_shards == finished
+    assert tree(place.out) == whole and place.is_clean
+
+
+def test_a_run_that_is_not_verified_makes_the_same_bytes(place: Place, whole: Whole) -> None:
+    progress = Plain()
+    repack(place.model, place.out, verify=False, progress=progress)
+    assert [label for label, _ in progress.phases] == ["converting"]
+    assert tree(place.out) == whole
 
 
 def test_waiting_for_memory_ends_when_the_run_does() -> None:
