@@ -72,7 +72,7 @@ def ceilings(device: torch.device) -> tuple[float, float]:
     # Not in a graph, where a copy becomes a node of another kind, which is slower.
     copy = 2 * source.nbytes / median_seconds(partial(target.copy_, source), device, graph=False)
     del source, target
-    size = 8192 if large else 1024
+    size = 8192 if large else 512
     a = torch.randn((size, size), dtype=torch.bfloat16, device=device)
     b = torch.randn((size, size), dtype=torch.bfloat16, device=device)
     return copy, 2 * size**3 / median_seconds(partial(torch.matmul, a, b), device)
