@@ -81,7 +81,7 @@ def test_a_model_that_is_a_link_itself(model: Path, tmp_path: Path) -> None:
     (model / "again.json").symlink_to("tokenizer.json")
     (tmp_path / "link").symlink_to("model")
     plan = plan_of(LocalStore(tmp_path / "link"))
-    assert "again.json" in plan.side_files and plan.notes == ()
+    assert "again.json" in [file.name for file in plan.side_files] and plan.notes == ()
 
 
 def hub_cache(model: Path, folder: Path) -> Path:
@@ -105,7 +105,7 @@ def test_a_hub_cache_keeps_its_files_elsewhere(model: Path, tmp_path: Path) -> N
     (snapshot / "other.txt").symlink_to("../../../other")
     (tmp_path / "other").write_text("")
     plan = plan_of(LocalStore(snapshot))
-    assert set(plan.side_files) == {"tokenizer.json", "templates/chat.jinja"}
+    assert {file.name for file in plan.side_files} == {"tokenizer.json", "templates/chat.jinja"}
     assert {note.partition(" ")[0] for note in plan.notes} == {"key.txt", "other.txt"}
     repack(snapshot, tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
