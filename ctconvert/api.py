@@ -222,14 +222,12 @@ def verify(
         UsageError: there is no such checkpoint, or ``independent`` without ``against``.
         VerificationError: something differs; the message names the tensor, module or file.
     """
-    from ctconvert.work.staging import recover
     from ctconvert.work.verify import verify_against, verify_output
 
     if independent and against is None:
         raise UsageError("--independent compares with a source; name it by --against MODEL")
     path, shown = home_path(out), progress or Silent()
     executor = _executor(workers)
-    recover(path)
     output = Output.open(path)
     found = verify_output(output, executor, shown)
     if against is not None:
@@ -273,9 +271,8 @@ def restore(
         UsageError: ``dest`` exists or overlaps ``out``.
         ConversionError: the disk is full.
     """
+    from ctconvert.store.places import check_place
     from ctconvert.work.build import Settings, build
-    from ctconvert.work.places import check_place
-    from ctconvert.work.staging import recover
     from ctconvert.work.verify import verify_output
 
     settings = Settings(
@@ -286,7 +283,6 @@ def restore(
         overwrite=overwrite,
     )
     path, destination = home_path(out), home_path(dest)
-    recover(path)
     output = Output.open(path)
     if output.plan.kind == "restored":
         raise UsageError(f"{out} is a restored checkpoint already")

@@ -11,6 +11,7 @@ from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import MANIFEST, OTHER_WEIGHTS
 from ctconvert.store.hub import home_path
 from ctconvert.store.local import LocalStore
+from ctconvert.store.places import recover
 
 #: Files that may stand beside a checkpoint's own, as hidden ones may: no loader takes them for a
 #: part of it.
@@ -55,13 +56,15 @@ class Output:
 
     @classmethod
     def open(cls, out: str | Path) -> Output:
-        """The checkpoint in a directory.
+        """The checkpoint in a directory, brought back where a killed run has left it aside.
 
         Raises:
             UsageError: there is no such directory.
             VerificationError: as for the class.
+            ConversionError: it cannot be brought back.
         """
         path = home_path(out)
+        recover(path)
         if not path.is_dir():
             raise UsageError(f"{out}: no such directory")
         return cls(LocalStore(path))

@@ -52,13 +52,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
 
 
 #: Longer than they may be, for now.
-TO_BE_SPLIT = {
-    "ctconvert.formats.quantization",
-    "ctconvert.transforms.marlin",
-    "ctconvert.transforms.packed",
-    "ctconvert.transforms.sparse24",
-    "ctconvert.work.staging",
-}
+TO_BE_SPLIT = {}
 
 
 def name_of(path: Path) -> str:

@@ -31,13 +31,13 @@ from ctconvert.records import (
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import CONFIG, INDEX, MANIFEST
 from ctconvert.store.local import LocalStore
+from ctconvert.store.places import check_place, recover
 from ctconvert.store.writer import LocalSink
 from ctconvert.version import __version__
 from ctconvert.work.executors import Executor
 from ctconvert.work.jobs import Context, CopyJob, HashJob, Job
 from ctconvert.work.journal import Identity
-from ctconvert.work.places import check_place
-from ctconvert.work.staging import Staging, discard_leftovers, recover, unfinished_run
+from ctconvert.work.staging import Staging, discard_leftovers, unfinished_run
 from ctconvert.work.verify import verify_output
 
 

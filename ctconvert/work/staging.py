@@ -5,7 +5,7 @@ finished, so that ``--resume`` can take them over. The journal is made first and
 directory without it is not ours, and is left alone. At the very end the checkpoint is renamed to
 OUT, or exchanged with what stands there in one step, so that OUT is at every moment what it was or
 the complete new checkpoint. Where the system cannot exchange directories, OUT is moved aside first;
-whatever runs next after a kill between the two renames brings it back (:func:`recover`).
+whoever opens it after a kill between the two renames brings it back.
 """
 
 from __future__ import annotations
@@ -21,6 +21,17 @@ import msgspec
 from msgspec import Struct
 
 from ctconvert.errors import ConversionError, UsageError
+from ctconvert.store.places import (
+    OLD,
+    check_replaceable,
+    exchange,
+    in_use,
+    is_empty,
+    locked,
+    partial_of,
+    recover,
+    remove,
+)
 from ctconvert.store.writer import LocalSink, cannot_write, fsync_directory
 from ctconvert.work.journal import (
     Begin,
@@ -30,16 +41,8 @@ from ctconvert.work.journal import (
     SourceDone,
     read_journal,
 )
-from ctconvert.work.places import (
-    check_replaceable,
-    exchange,
-    in_use,
-    is_empty,
-    partial_of,
-    remove,
-)
 
-_CHECKPOINT, _JOURNAL, _OLD = "checkpoint", "journal.jsonl", "old"
+_CHECKPOINT, _JOURNAL = "checkpoint", "journal.jsonl"
 
 
 class Staging:
@@ -255,7 +258,7 @@ class Staging:
 
     def _replace_in_two_steps(self) -> None:
         """Moves OUT aside first; where the second step fails, it is brought back."""
-        old = self.root / _OLD
+        old = self.root / OLD
         remove(old)
         self.out.rename(old)
         try:
@@ -265,7 +268,7 @@ class Staging:
                 old.rename(self.out)
 
     def _clear(self) -> None:
-        for name in (_CHECKPOINT, _OLD, _JOURNAL):
+        for name in (_CHECKPOINT, OLD, _JOURNAL):
             remove(self.root / name)
 
     def discard(self) -> None:
@@ -288,42 +291,6 @@ def unfinished_run(out: Path) -> Begin | None:
     return first[0] if first and isinstance(first[0], Begin) else None
 
 
-def recover(out: Path) -> None:
-    """Brings back an output that a kill between two renames has left aside.
-
-    Raises:
-        ConversionError: it is there and cannot be moved.
-    """
-    old = partial_of(out) / _OLD
-    if not os.path.lexists(old) or in_use(out):
-        return
-    with _locked(partial_of(out)) as free:
-        if free and os.path.lexists(old) and not in_use(out):
-            try:
-                old.rename(out)
-                fsync_directory(out.parent)
-            except OSError as error:
-                raise cannot_write(out, error) from None
-
-
-class _locked:  # noqa: N801 (used as a function)
-    """Holds the lock of a partial output; False where another run does."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def __enter__(self) -> bool:
-        self._descriptor = os.open(self._root, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def __exit__(self, *exc: object) -> None:
-        os.close(self._descriptor)
-
-
 def discard_leftovers(out: Path, options: str) -> None:
     """Removes what a killed run of the same options has left beside a complete OUT.
 
@@ -332,7 +299,7 @@ def discard_leftovers(out: Path, options: str) -> None:
     root = partial_of(out)
     if not root.is_dir():
         return
-    with _locked(root) as free:
+    with locked(root) as free:
         begun = unfinished_run(out)
         if begun is None:  # killed before it had begun, or at the very end
             ours = {path.name for path in root.iterdir()} <= {_JOURNAL}
@@ -341,6 +308,6 @@ def discard_leftovers(out: Path, options: str) -> None:
         if not free or not ours:
             return
         with suppress(OSError):
-            for name in (_CHECKPOINT, _OLD, _JOURNAL):
+            for name in (_CHECKPOINT, OLD, _JOURNAL):
                 remove(root / name)
             root.rmdir()

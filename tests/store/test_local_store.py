@@ -10,6 +10,7 @@ from support.faults import descriptors
 from support.models import plan_of, repack, write_model
 
 from ctconvert.errors import BadInputError, ConversionError
+from ctconvert.records import Plan
 from ctconvert.store.base import CHUNK
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.local import LocalStore
@@ -18,6 +19,11 @@ from ctconvert.store.local import LocalStore
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "model")
+
+
+def names(plan: Plan) -> set[str]:
+    """The side files of a plan."""
+    return {file.name for file in plan.side_files}
 
 
 def test_what_is_part_of_it(model: Path) -> None:
@@ -56,7 +62,7 @@ def test_links_that_leave_the_checkpoint_are_not_copied_and_are_named(
         "loop.txt",
     }
     plan = plan_of(LocalStore(model))
-    assert not left_out & set(plan.side_files)
+    assert not left_out & names(plan)
     for name in left_out:
         assert any(note.startswith(f"{name} is left out: ") for note in plan.notes), name
     repack(model, tmp_path / "out")
@@ -81,7 +87,7 @@ def test_a_model_that_is_a_link_itself(model: Path, tmp_path: Path) -> None:
     (model / "again.json").symlink_to("tokenizer.json")
     (tmp_path / "link").symlink_to("model")
     plan = plan_of(LocalStore(tmp_path / "link"))
-    assert "again.json" in [file.name for file in plan.side_files] and plan.notes == ()
+    assert "again.json" in names(plan) and plan.notes == ()
 
 
 def hub_cache(model: Path, folder: Path) -> Path:
@@ -105,7 +111,7 @@ def test_a_hub_cache_keeps_its_files_elsewhere(model: Path, tmp_path: Path) -> N
     (snapshot / "other.txt").symlink_to("../../../other")
     (tmp_path / "other").write_text("")
     plan = plan_of(LocalStore(snapshot))
-    assert {file.name for file in plan.side_files} == {"tokenizer.json", "templates/chat.jinja"}
+    assert names(plan) == {"tokenizer.json", "templates/chat.jinja"}
     assert {note.partition(" ")[0] for note in plan.notes} == {"key.txt", "other.txt"}
     repack(snapshot, tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))

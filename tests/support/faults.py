@@ -24,9 +24,10 @@ import torch
 
 from ctconvert.errors import CtconvertError
 
-#: ``kill``: SIGKILL before it. ``tear``: half of a write, then SIGKILL. ``interrupt``: Ctrl-C
-#: before it. ``fail``: the disk is full, for it and for all that follow.
-How = Literal["kill", "tear", "interrupt", "fail"]
+#: ``kill``: SIGKILL before it. ``tear``: half of a write, then SIGKILL. ``lose``: the power fails
+#: before it, and what was not synced is gone. ``interrupt``: Ctrl-C before it. ``fail``: the disk
+#: is full, for it and for all that follow.
+How = Literal["kill", "tear", "lose", "interrupt", "fail"]
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _EVENTS = {
     "os.rename": "rename",
@@ -67,6 +68,8 @@ class _Watch:
     def __init__(self, fault: Fault) -> None:
         self.fault = fault
         self.trace: list[str] = []
+        #: Files with unsynced changes, by inode: a descriptor, and their length before these.
+        self._unsynced: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._active = False
 
@@ -86,12 +89,33 @@ class _Watch:
             if name in ("unlink", "rmdir"):
                 return False  # a full disk refuses no removal
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if how == "lose":
+            self._lose()
         os.kill(os.getpid(), signal.SIGINT if how == "interrupt" else signal.SIGKILL)
         return False
 
-    def write(self, name: str, write: Callable[[Any], int], data: Any) -> int:
+    def _changing(self, descriptor: int) -> None:
+        """Told before a file's content changes."""
+        found = os.fstat(descriptor)
+        if self._active and found.st_ino not in self._unsynced:
+            self._unsynced[found.st_ino] = os.dup(descriptor), found.st_size
+
+    def _lose(self) -> None:
+        """Cuts every file back to what of it was surely on the disk; names are kept."""
+        self._active = False
+        for descriptor, size in self._unsynced.values():
+            os.truncate(descriptor, min(size, os.fstat(descriptor).st_size))
+
+    def fsync(self, descriptor: int) -> None:
+        """In the place of ``os.fsync``: what is on no disk needs no waiting for one."""
+        self.operation("fsync")
+        self._unsynced.pop(os.fstat(descriptor).st_ino, None)
+
+    def write(self, name: str, file: int, write: Callable[[Any], int], data: Any) -> int:
         """One write, possibly half of it and then death."""
-        if self.operation(name):
+        torn = self.operation(name)
+        self._changing(file)
+        if torn:
             view = memoryview(data).cast("B")
             write(view[: len(view) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
@@ -106,14 +130,16 @@ class _Watch:
                 self.operation("exchange")
         elif event in _EVENTS:
             self.operation(_EVENTS[event])
+            if event == "os.truncate" and isinstance(args[0], int):
+                self._changing(args[0])
 
     def arm(self) -> None:
         """Wraps this process for good: it is a child that ends soon."""
-        watch, pwrite, fsync, open_path = self, os.pwrite, os.fsync, Path.open
+        watch, pwrite, open_path = self, os.pwrite, Path.open
 
         class Raw(io.FileIO):
             def write(self, data: Any) -> int:
-                return watch.write("write", super().write, data)
+                return watch.write("write", self.fileno(), super().write, data)
 
         def opened(path: Path, mode: str = "r", *args: Any, **more: Any) -> Any:
             if set(mode) & set("wax+"):
@@ -122,14 +148,12 @@ class _Watch:
             return open_path(path, mode, *args, **more)
 
         def counted_pwrite(descriptor: int, data: Any, offset: int) -> int:
-            return watch.write("pwrite", lambda part: pwrite(descriptor, part, offset), data)
+            return watch.write(
+                "pwrite", descriptor, lambda part: pwrite(descriptor, part, offset), data
+            )
 
-        def counted_fsync(descriptor: int) -> None:
-            watch.operation("fsync")  # what is not written to a disk needs no waiting for one
-
-        os.pwrite, os.fsync = counted_pwrite, counted_fsync  # type: ignore[assignment]
+        os.pwrite, os.fsync = counted_pwrite, self.fsync  # type: ignore[assignment]
         Path.open = opened  # type: ignore[assignment, method-assign]
-        del fsync
         sys.addaudithook(self._audit)
         self._active = True
 

@@ -24,7 +24,6 @@ from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.local import LocalStore
 from ctconvert.work.build import Settings, build
 from ctconvert.work.executors import Executor
-from ctconvert.work.staging import recover
 
 from .executors import Inline
 
@@ -140,7 +139,6 @@ def restore(
     **settings: Any,
 ) -> Report:
     """The way back, in this thread where no executor is given."""
-    recover(out)
     output = Output.open(out)
     chosen = Settings(executor or Inline(), progress or Silent(), **settings)
     store = LocalStore(out)

@@ -217,7 +217,7 @@ class Case:
         ended = faults.run(self.scenario.first(place), fault)
         at = min(fault.at, len(self.trace))
         where = f"{fault.how} at {fault.at} of {len(self.trace)} ({self.trace[at - 1]})"
-        if fault.how in ("kill", "tear"):
+        if fault.how in ("kill", "tear", "lose"):
             assert ended.end == "killed", where
         elif fault.how == "interrupt":
             assert ended.end == "interrupted", where

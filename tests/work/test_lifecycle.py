@@ -19,10 +19,11 @@ from support.stores import Plain
 from ctconvert import api
 from ctconvert.errors import BadInputError, ConversionError, UsageError, VerificationError
 from ctconvert.progress import Silent
+from ctconvert.runtime.loading import Loader
 from ctconvert.store.local import LocalStore
+from ctconvert.store.places import recover
 from ctconvert.work.build import Settings, build
 from ctconvert.work.journal import Commit, read_journal
-from ctconvert.work.staging import recover
 
 if TYPE_CHECKING:
     from .conftest import Place
@@ -536,13 +537,25 @@ def by_restore(place: Place) -> None:
     api.restore(place.out, place.folder / "converted", workers=1)
 
 
+def by_load(place: Place) -> None:
+    assert len(Loader(place.out, "cpu").converted) == 6
+
+
+def by_a_link(place: Place) -> None:
+    link = place.folder / "converted"
+    link.symlink_to("out")
+    api.verify(link, workers=1)
+
+
 def by_a_refused_repack(place: Place) -> None:
     for flags in ({}, {"resume": True}):
         with pytest.raises(UsageError):
             repack(place.model, place.out, asked=options(target="cuda"), **flags)
 
 
-@pytest.mark.parametrize("verb", [by_verify, by_restore, by_a_refused_repack, lambda p: None])
+@pytest.mark.parametrize(
+    "verb", [by_verify, by_restore, by_load, by_a_link, by_a_refused_repack, lambda place: None]
+)
 def test_whatever_runs_next_brings_an_output_back(
     place: Place, whole: Whole, verb: Callable[[Place], None]
 ) -> None:

@@ -213,7 +213,7 @@ class Slow(WatchedStore):
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         if threading.current_thread() is not threading.main_thread():
             self.begun.set()
-            time.sleep(0.02)
+            time.sleep(0.2)
         super().read_into(name, offset, buffer)
 
 

@@ -1,12 +1,19 @@
-"""Directories that an output may be made in, and that it may replace."""
+"""Directories that an output may be made in, and that it may replace; in one step where it can.
+
+An output is built beside its place, in ``OUT.partial``. Where the system cannot exchange two
+directories, OUT is moved into ``OUT.partial`` before the new one takes its place; whoever opens OUT
+after a kill between the two renames brings it back (:func:`recover`).
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -15,7 +22,10 @@ from msgspec import Struct
 from ctconvert.errors import UsageError
 from ctconvert.store.checkpoint import MANIFEST
 from ctconvert.store.local import LocalStore
+from ctconvert.store.writer import cannot_write, fsync_directory
 
+#: What stood under OUT, inside its partial output, while it is replaced in two steps.
+OLD = "old"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -39,6 +49,45 @@ def exchange(a: Path, b: Path) -> bool:
     if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
         return False
     raise OSError(number, os.strerror(number), str(b))
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[bool]:
+    """Holds the lock of a partial output; False where another run does, or it is gone."""
+    try:
+        descriptor = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def recover(out: Path) -> None:
+    """Brings back an output that a kill between two renames has left aside.
+
+    Raises:
+        ConversionError: it is there and cannot be moved.
+    """
+    if out.is_symlink():
+        out = out.resolve()  # beside which it was made
+    old = partial_of(out) / OLD
+    if not os.path.lexists(old) or in_use(out):
+        return
+    with locked(partial_of(out)) as free:
+        if free and os.path.lexists(old) and not in_use(out):
+            try:
+                old.rename(out)
+                fsync_directory(out.parent)
+            except OSError as error:
+                raise cannot_write(out, error) from None
 
 
 def check_replaceable(out: Path) -> None:
@@ -102,6 +151,7 @@ def replaceable_files(store: LocalStore) -> list[str] | None:
 
 
 def is_empty(path: Path) -> bool:
+    """Whether it is a directory with nothing in it."""
     return path.is_dir() and not any(path.iterdir())
 
 
@@ -111,6 +161,7 @@ def in_use(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
+    """Removes a file or a whole directory, or nothing where nothing is."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
