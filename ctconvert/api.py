@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from ctconvert.errors import UsageError
-from ctconvert.inspection import Inspection, inspection
 from ctconvert.output import Output
 from ctconvert.planning.choose import check_options
 from ctconvert.planning.describe import describe
+from ctconvert.planning.inspection import Inspection, inspection
 from ctconvert.planning.make import make_plan, restore_plan
 from ctconvert.progress import Progress, Silent
 from ctconvert.records import Options, Plan, Report, Verified
@@ -183,7 +183,7 @@ def _no_collection() -> Iterator[None]:
 
 def _device(name: str) -> str:
     """The device of a ``--device`` argument, by name."""
-    from ctconvert.device import resolve
+    from ctconvert.transforms.device import resolve
 
     return str(resolve(name))
 

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from msgspec import Struct
 
-from ctconvert.device import is_out_of_memory, on_device
 from ctconvert.errors import ConversionError, UsageError
 from ctconvert.runtime import kernels
 from ctconvert.runtime.kernels import Binding
 from ctconvert.runtime.kernels.base import SPARSE
 from ctconvert.runtime.loading import Loader
 from ctconvert.runtime.modules import KernelEmbedding, KernelLinear
+from ctconvert.transforms.device import is_out_of_memory, on_device
 
 #: Bytes of the largest bf16 table that a quantised embedding is compared with.
 _LARGEST_TABLE = 4 << 30
