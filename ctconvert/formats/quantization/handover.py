@@ -68,7 +68,9 @@ def read_group(name: str, group: Any, unread: UnreadError) -> Scheme:
     except PydanticError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         path = ".".join(map(str, first["loc"]))
-        raise UnreadError(path, f"{printable(first['msg'])} {_NEWER}") from None
+        raise UnreadError(
+            path, f"{printable(first['msg'].removeprefix('Value error, '))} {_NEWER}"
+        ) from None
     except KeyError as error:
         raise UnreadError("", printable(str(error.args[0]))) from None
     except (NotImplementedError, TypeError, AttributeError):
