@@ -15,7 +15,6 @@ import re
 import time
 import warnings
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import TypeAlias
 
 import regex
@@ -312,13 +311,3 @@ class Patterns:
         if name in self._places or cls in self._places:
             return True
         return self._patterns and self._by_pattern(name) is not None
-
-
-@lru_cache(maxsize=256)
-def compiled(text: str) -> Pattern:
-    """A :class:`Pattern`, kept: for a caller that has a pattern and no list of them.
-
-    Raises:
-        PatternError: see :class:`Pattern`.
-    """
-    return Pattern(text)
