@@ -175,6 +175,7 @@ class Pattern:
                 warnings.simplefilter("ignore")  # "possible nested set": it is matched as re does
                 re.compile(text)
                 self._match = regex.compile(self.survey.translated, regex.VERSION0).match
+                self._tame = self.survey.tame
         except (re.error, regex.error, OverflowError) as error:
             raise PatternError(f"{self} is not a regular expression ({error})") from None
         except RecursionError:
@@ -190,23 +191,25 @@ class Pattern:
             PatternError: the time for matching is used up.
         """
         budget = self._budget
+        if self._tame and len(name) <= _TAME_NAME and budget.clock is time.perf_counter:
+            started = time.perf_counter()
+            found = self._match(name) is not None  # a timeout costs more than the match
+            budget.charge(time.perf_counter() - started)
+            return found
         while True:
             clock = budget.clock
             started = clock()
-            found: bool | None = None
-            hopeless = False
-            if self.survey.tame and len(name) <= _TAME_NAME and clock is time.perf_counter:
-                found = self._match(name) is not None  # a timeout costs more than the match
-            else:
-                try:
-                    found = self._match(name, timeout=budget.left) is not None
-                except TimeoutError:  # of CPU time, whatever our clock
-                    hopeless = budget.left > budget.seconds / 2
+            timed_out = False
+            try:
+                found = self._match(name, timeout=budget.left) is not None
+            except TimeoutError:  # of CPU time, whatever our clock
+                timed_out = True
+            hopeless = timed_out and budget.left > budget.seconds / 2
             if hopeless or not budget.charge(clock() - started):
                 raise PatternError(
                     f"{self} takes too long to match module names; write it more simply"
                 )
-            if found is not None:
+            if not timed_out:
                 return found
 
 
@@ -300,11 +303,12 @@ class Patterns:
         Raises:
             PatternError: the time for matching is used up.
         """
-        found = [self._places.get(name), None if cls is None else self._places.get(cls)]
-        if self._patterns:
-            found.append(self._by_pattern(name))
-        places = [place for place in found if place is not None]
-        return self.entries[min(places)] if places else None
+        found = self._by_pattern(name) if self._patterns else None
+        for key in (name, cls or name):
+            place = self._places.get(key)
+            if place is not None and (found is None or place < found):
+                found = place
+        return None if found is None else self.entries[found]
 
     def any(self, name: str, cls: str | None = None) -> bool:
         """Whether an entry means the module, see :meth:`first`."""
