@@ -209,7 +209,8 @@ def verify(
     Args:
         out: a converted checkpoint.
         against: the model it was made from, a directory or a Hub id.
-        independent: decode ``against`` by compressed-tensors' own code, not by this package's.
+        independent: also compare the weights with what compressed-tensors' own decompressors
+            make of ``against``.
         kernels: also run every module's kernel against the reference.
         device: where the kernels run.
         workers: threads.
@@ -222,7 +223,7 @@ def verify(
         UsageError: there is no such checkpoint, or ``independent`` without ``against``.
         VerificationError: something differs; the message names the tensor, module or file.
     """
-    from ctconvert.work.verify import verify_against, verify_output
+    from ctconvert.work.verify import verify_against, verify_independently, verify_output
 
     if independent and against is None:
         raise UsageError("--independent compares with a source; name it by --against MODEL")
@@ -234,6 +235,9 @@ def verify(
         checkpoint = Checkpoint(open_store(str(against), download=True))
         compared = verify_against(output, checkpoint, executor, shown)
         found = replace(found, against=compared)
+        if independent:
+            judged = verify_independently(output, checkpoint, executor, shown)
+            found = replace(found, independent=judged)
     if kernels:
         from ctconvert.runtime.proof import verify_kernels
 

@@ -9,6 +9,7 @@ classes (``\w``, ``\d``) are of ASCII alone.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 
 import re2
@@ -37,7 +38,9 @@ class Pattern:
         if len(text) > _LONGEST:
             raise PatternError(f"{name} is longer than {_LONGEST} characters")
         try:
-            re.compile(text)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # advice on what a later Python may read otherwise
+                re.compile(text)
         except (re.error, OverflowError, RecursionError) as error:
             raise PatternError(f"{name} is not a regular expression ({error})") from None
         if any(mark in text for mark in _READ_OTHERWISE):

@@ -95,11 +95,6 @@ REAL = [
 PLACES = [(config, place) for config in REAL for place in places(config)]
 
 
-@pytest.fixture(autouse=True)
-def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ctconvert.formats.patterns._SECONDS", 0.05)
-
-
 @settings(max_examples=300, derandomize=True, deadline=None)
 @given(st.data())
 def test_only_bad_input_comes_out(data: st.DataObject) -> None:

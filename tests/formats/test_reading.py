@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+from itertools import product
 from typing import Any
 
 import pytest
@@ -209,6 +210,50 @@ def test_what_can_be_written_is_read_alike(group: dict[str, Any]) -> None:
 @given(schemes(valid=False))
 def test_what_nobody_should_write_is_judged_alike(group: dict[str, Any]) -> None:
     check(group)
+
+
+def judged(group: dict[str, Any]) -> bool:
+    """Whether both take it, with the same values; they must agree."""
+    model = theirs("group_0", group)
+    try:
+        light = read_group("group_0", group)
+    except UnreadError:
+        assert model is None, group
+        return False
+    assert model is not None, group
+    assert_same(light, model)
+    return True
+
+
+STRATEGIES = (None, "tensor", "channel", "group", "block", "tensor_group", "token", "attn_head")
+
+
+def test_every_combination_of_what_depends_on_another() -> None:
+    taken = 0
+    for strategy, size, block, dynamic in product(
+        STRATEGIES, (None, -2, -1, 0, 1, 128), (None, [8, 16]), (False, True, "local")
+    ):
+        found = {
+            "strategy": strategy,
+            "group_size": size,
+            "block_structure": block,
+            "dynamic": dynamic,
+        }
+        for end in ENDS:
+            taken += judged({"targets": ["Linear"], end: found})
+    assert taken > 50
+
+
+def test_every_width_has_its_zero_points() -> None:
+    for bits, kind, zero in product(range(1, 33), ("int", "float"), (None, "torch.uint8")):
+        judged({"targets": [], "weights": {"num_bits": bits, "type": kind, "zp_dtype": zero}})
+
+
+@pytest.mark.parametrize("order", [None, False, "weight", "static"])
+@pytest.mark.parametrize("end", ENDS)
+def test_an_order_is_for_weights(end: str, order: Any) -> None:
+    group = {"targets": ["Linear"], end: {"actorder": order}}
+    assert judged(group) == (end == "weights" or not order)
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)
