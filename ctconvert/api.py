@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from ctconvert.errors import UsageError
-from ctconvert.inspection import Inspection, inspection
 from ctconvert.output import Output
 from ctconvert.planning.choose import check_options
 from ctconvert.planning.describe import describe
+from ctconvert.planning.inspection import Inspection, inspection
 from ctconvert.planning.make import make_plan, restore_plan
 from ctconvert.progress import Progress, Silent
 from ctconvert.records import Options, Plan, Report, Verified
@@ -183,7 +183,7 @@ def _no_collection() -> Iterator[None]:
 
 def _device(name: str) -> str:
     """The device of a ``--device`` argument, by name."""
-    from ctconvert.device import resolve
+    from ctconvert.transforms.device import resolve
 
     return str(resolve(name))
 
@@ -209,7 +209,8 @@ def verify(
     Args:
         out: a converted checkpoint.
         against: the model it was made from, a directory or a Hub id.
-        independent: decode ``against`` by compressed-tensors' own code, not by this package's.
+        independent: also compare the weights with what compressed-tensors' own decompressors
+            make of ``against``.
         kernels: also run every module's kernel against the reference.
         device: where the kernels run.
         workers: threads.
@@ -222,7 +223,7 @@ def verify(
         UsageError: there is no such checkpoint, or ``independent`` without ``against``.
         VerificationError: something differs; the message names the tensor, module or file.
     """
-    from ctconvert.work.verify import verify_against, verify_output
+    from ctconvert.work.verify import verify_against, verify_independently, verify_output
 
     if independent and against is None:
         raise UsageError("--independent compares with a source; name it by --against MODEL")
@@ -234,6 +235,9 @@ def verify(
         checkpoint = Checkpoint(open_store(str(against), download=True))
         compared = verify_against(output, checkpoint, executor, shown)
         found = replace(found, against=compared)
+        if independent:
+            judged = verify_independently(output, checkpoint, executor, shown)
+            found = replace(found, independent=judged)
     if kernels:
         from ctconvert.runtime.proof import verify_kernels
 

@@ -198,5 +198,9 @@ def padded(spec: WeightSpec, n: int, k: int) -> WeightSpec:
     """The spec of a weight with rows and columns added."""
     if spec.scale_shape is None:
         return replace(spec, n=n, k=k)
-    columns = k // spec.group_size if spec.group_size else spec.scale_shape[1]
-    return replace(spec, n=n, k=k, scale_shape=(n, columns))
+    rows, columns = n, spec.scale_shape[1]
+    if spec.group_size:
+        columns = k // spec.group_size
+    if spec.strategy == "block" and spec.block:
+        rows, columns = -(-n // spec.block[0]), -(-k // spec.block[1])
+    return replace(spec, n=n, k=k, scale_shape=(rows, columns))

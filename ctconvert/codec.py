@@ -13,13 +13,13 @@ import torch
 
 from ctconvert import formats, layouts
 from ctconvert.assembly import Assembly, Concat, Pad, Part, Slice, Stack, assembled
-from ctconvert.dtypes import same_bits, spec_of, torch_dtype
 from ctconvert.errors import BadInputError, ConversionError, VerificationError
 from ctconvert.layouts import Layout
 from ctconvert.records import Convert, Restore, SourceModule
 from ctconvert.specs import QuantizedWeight, TensorSpec, WeightSpec
 from ctconvert.store.safetensors import TensorEntry
 from ctconvert.transforms import cuts
+from ctconvert.transforms.dtypes import same_bits, spec_of, torch_dtype
 
 #: Gives the tensor of an entry, on the CPU, in memory of its own.
 Read = Callable[[TensorEntry], torch.Tensor]

@@ -17,7 +17,6 @@ from support.builders import config_of, group_config, quantised, weight_args, wr
 from support.models import options, repack, restore, tree, write_model
 
 from ctconvert import api, formats, layouts
-from ctconvert.dtypes import same_bits
 from ctconvert.formats import Format, ModuleTensors
 from ctconvert.formats.base import scale_spec, weight_spec, weights_of
 from ctconvert.formats.quantization import ModuleScheme
@@ -27,6 +26,7 @@ from ctconvert.progress import Silent
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import Checkpoint
+from ctconvert.transforms.dtypes import same_bits
 from ctconvert.work.executors import Executor
 from ctconvert.work.jobs import Context, Done, Job
 from ctconvert.work.verify import verify_against, verify_output

@@ -24,8 +24,8 @@ from support.stores import MemoryStore, files_of
 from ctconvert import assembly, records, specs
 from ctconvert.assembly import Concat, Pad, Part, Slice, Stack
 from ctconvert.errors import CtconvertError, VerificationError
-from ctconvert.inspection import inspection
 from ctconvert.output import Output
+from ctconvert.planning.inspection import inspection
 from ctconvert.planning.make import restore_plan
 from ctconvert.progress import Silent
 from ctconvert.records import (

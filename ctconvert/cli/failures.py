@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import typer
 
-from ctconvert.cli.sink import flush, say, say_error
+from ctconvert.cli.streams import flush, say, say_error
 from ctconvert.cli.text import printable
 from ctconvert.errors import CtconvertError, UnsupportedError
 from ctconvert.signals import SIGNALS, Stopped
@@ -67,14 +67,14 @@ def tell(error: BaseException, device: str = "cpu") -> int:
 def _device_is_full(error: BaseException) -> bool:
     if "torch" not in sys.modules:  # then it is no error of torch's
         return False
-    from ctconvert.device import is_out_of_memory
+    from ctconvert.transforms.device import is_out_of_memory
 
     return isinstance(error, RuntimeError) and is_out_of_memory(error)
 
 
 def _out_of_memory(device: str) -> str:
     if device == "auto" and "torch" in sys.modules:
-        from ctconvert.device import resolve
+        from ctconvert.transforms.device import resolve
 
         device = str(resolve(device))
     if device in ("auto", "cpu"):

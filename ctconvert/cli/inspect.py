@@ -12,7 +12,7 @@ from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import collapse, size
 
 if TYPE_CHECKING:
-    from ctconvert.inspection import InspectedModule, Inspection
+    from ctconvert.planning.inspection import InspectedModule, Inspection
 
 
 def inspect(

@@ -17,7 +17,7 @@ from ctconvert.cli.layouts import layouts
 from ctconvert.cli.repack import repack
 from ctconvert.cli.restore import restore
 from ctconvert.cli.schema import schema
-from ctconvert.cli.sink import flush, say_error
+from ctconvert.cli.streams import flush, say_error
 from ctconvert.cli.verify import verify
 from ctconvert.version import __version__
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from ctconvert.cli.sink import is_screen, say
+from ctconvert.cli.streams import is_screen, say
 from ctconvert.cli.text import printable, size
 
 if TYPE_CHECKING:

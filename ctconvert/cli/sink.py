@@ -11,9 +11,10 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from ctconvert.cli.streams import is_screen, write
 from ctconvert.cli.text import collapse, printable, table
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Sink:
         import msgspec
 
         found = msgspec.to_builtins(record)
-        _write(to_json(more | found if more else found))
+        write(to_json(more | found if more else found))
 
     def progress(self) -> AbstractContextManager[ShownProgress | None]:
         """What shows how far a run is; None for programs."""
@@ -47,7 +48,7 @@ class Sink:
         return ShownProgress()
 
     def line(self, text: str = "") -> None:
-        _write(printable(text) + "\n")
+        write(printable(text) + "\n")
 
     def notes(self, notes: Iterable[str]) -> None:
         """Notes, those that differ in layer numbers only as one."""
@@ -62,46 +63,10 @@ class Sink:
         bold = screen and not os.environ.get("NO_COLOR")
         for lines in table(cells, width):
             for text in lines:
-                _write(f"\x1b[1m{text}\x1b[0m\n" if bold else text + "\n")
+                write(f"\x1b[1m{text}\x1b[0m\n" if bold else text + "\n")
             bold = False
 
 
 def to_json(value: Any) -> str:
     """A JSON document in ASCII, so that no name in it can steer a terminal or be unwritable."""
     return json.dumps(value, indent=2).replace("\x7f", "\\u007f") + "\n"
-
-
-def is_screen(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that moves its cursor."""
-    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-
-
-def _write(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "stdout") from None
-
-
-def flush() -> None:
-    """Writes what stdout still holds.
-
-    Raises:
-        OSError: it cannot; the file's name is ``stdout``.
-    """
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "stdout") from None
-
-
-def say(text: str) -> None:
-    """A line on stderr. That nobody can read it is no reason to stop."""
-    with suppress(OSError):
-        sys.stderr.write(printable(text) + "\n")
-        sys.stderr.flush()
-
-
-def say_error(text: str) -> None:
-    """The one line a failure ends in."""
-    say(f"error: {text}")

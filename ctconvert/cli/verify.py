@@ -26,7 +26,7 @@ def verify(
         bool,
         typer.Option(
             "--independent",
-            help="With --against: unpack the source by compressed-tensors' code, not our own.",
+            help="With --against: also compare the weights with compressed-tensors' own decoding.",
         ),
     ] = False,
     kernels: Annotated[
@@ -65,6 +65,13 @@ def _print(sink: Sink, found: Verified, out: Path, source: str | None) -> None:
             f"{out}: ok, {compared.modules} modules hold the codes and scales of "
             f"{source} bit for bit, and {compared.copied_tensors} tensors are its own"
         )
+    if found.independent is not None:
+        judged = found.independent
+        sink.line(
+            f"{out}: ok, {judged.agree} weights are what compressed-tensors decodes of {source}"
+        )
+        for reason, count in judged.not_judged.items():
+            sink.line(f"{out}: {count} weights were not judged: {reason}")
     if found.kernels == {}:
         sink.line(f"{out}: holds no converted module, so there is no kernel to run")
     for layout, run in (found.kernels or {}).items():

@@ -21,6 +21,9 @@ from ctconvert.specs import (
 if TYPE_CHECKING:
     import torch
 
+#: The first compressed-tensors version that packs codes of 3, 5, 6 and 7 bits densely.
+DENSE_SINCE = (0, 18)
+
 
 @dataclass(frozen=True)
 class ModuleTensors:

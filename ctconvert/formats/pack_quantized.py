@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ctconvert.formats.base import (
+    DENSE_SINCE,
     Format,
     ModuleTensors,
     check_not_empty,
@@ -36,9 +37,6 @@ from ctconvert.transforms.shapes import row_words
 
 if TYPE_CHECKING:
     import torch
-
-#: The first compressed-tensors version that packs densely.
-DENSE_SINCE = (0, 18)
 
 
 def _packing(tensors: ModuleTensors, words: int, k: int, bits: int) -> Packing:

@@ -1,76 +1,62 @@
-"""Names and ``re:`` patterns that mean modules, matched as Python's ``re.match`` does.
+r"""Names and ``re:`` patterns that mean modules, matched as Python's ``re.match`` does.
 
-A checkpoint is somebody else's file, and ``re`` cannot be bounded: ``re:(a|aa)+$`` runs for years.
-So a pattern that ``re`` accepts is matched by the ``regex`` package, which reads the same syntax
-and whose matches take a timeout.
+A checkpoint is somebody else's file, and Python's ``re`` cannot be bounded: ``re:(a|aa)+$`` runs
+for years. RE2 matches in time linear in the name, in bounded memory, and takes the same syntax but
+for what cannot be had in linear time, look-arounds and references back; those are refused. Its
+classes (``\w``, ``\d``) are of ASCII alone.
 """
 
 from __future__ import annotations
 
 import re
-import time
 import warnings
 from collections.abc import Iterable
 
-import regex
+import re2
 
 _PREFIX = "re:"
 _LONGEST = 1000
-#: How far the counts of repeats inside repeats may multiply: compiling copies what is repeated.
-_MOST_COPIES = 10_000
-#: Seconds that one pattern may take over all names, and a name alone that is matched for the first
-#: time; real ones take microseconds.
-_SECONDS = 2.0
-_COUNTS = re.compile(r"\{(\d*),?(\d*)\}")
+#: What RE2 reads as text, or as a class of letters, and Python as a repeat, or as text.
+_READ_OTHERWISE = ("{,", "[[:")
+_OPTIONS = re2.Options()
+_OPTIONS.log_errors = False
 
 
 class PatternError(ValueError):
-    """A pattern that is none, or that takes too long; one line that names it."""
+    """A pattern that cannot be used; one line that names it."""
 
 
 class Pattern:
     """One regular expression, without its ``re:``.
 
     Raises:
-        PatternError: ``re`` does not take it, or compiling it might take too long.
+        PatternError: Python does not take it, or RE2 does not.
     """
 
     def __init__(self, text: str) -> None:
-        self.text = text
-        self._left = _SECONDS
-        copies = 1
-        for low, high in _COUNTS.findall(text):
-            copies *= max(int(low[:9] or 1), int(high[:9] or 1), 1)
-        if len(text) > _LONGEST or copies > _MOST_COPIES:
-            raise PatternError(f"{self} is too long or repeats too often; write it more simply")
+        name = repr(_PREFIX + (text if len(text) < 80 else text[:77] + "..."))
+        if len(text) > _LONGEST:
+            raise PatternError(f"{name} is longer than {_LONGEST} characters")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of sets that a later version may nest
+                warnings.simplefilter("ignore")  # advice on what a later Python may read otherwise
                 re.compile(text)
-                self._match = regex.compile(text, regex.VERSION0).match
-        except (re.error, regex.error, OverflowError) as error:
-            raise PatternError(f"{self} is not a regular expression ({error})") from None
-        except RecursionError:
-            raise PatternError(f"{self} is nested too deeply") from None
-
-    def __str__(self) -> str:
-        return repr(_PREFIX + (self.text if len(self.text) < 80 else self.text[:77] + "..."))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise PatternError(f"{name} is not a regular expression ({error})") from None
+        if any(mark in text for mark in _READ_OTHERWISE):
+            raise PatternError(f"{name} holds {' or '.join(_READ_OTHERWISE)}; write it otherwise")
+        try:
+            self._match = re2.compile(text, _OPTIONS).match
+        except re2.error as error:
+            reason = error.args[0].decode(errors="replace") if error.args else "too large"
+            raise PatternError(
+                f"{name} cannot be matched in bounded time ({reason}); write it without "
+                "look-arounds, references back and large repeats"
+            ) from None
 
     def match(self, name: str) -> bool:
-        """Whether ``re.match`` would match.
-
-        Raises:
-            PatternError: the time for matching is used up.
-        """
-        started = time.thread_time()
-        try:
-            found = self._match(name, timeout=max(self._left, 0.001)) is not None
-        except TimeoutError:
-            found = None
-        self._left -= time.thread_time() - started
-        if found is None or self._left <= 0:
-            raise PatternError(f"{self} takes too long to match module names; write it more simply")
-        return found
+        """Whether ``re.match`` would match."""
+        return self._match(name) is not None
 
 
 class Patterns:
@@ -80,7 +66,7 @@ class Patterns:
         entries: as a config lists them.
 
     Raises:
-        PatternError: a pattern is none, see :class:`Pattern`.
+        PatternError: a pattern cannot be used, see :class:`Pattern`.
     """
 
     def __init__(self, entries: Iterable[str] = ()) -> None:
@@ -110,11 +96,7 @@ class Patterns:
         return self._known[name]
 
     def first(self, name: str, cls: str | None = None) -> str | None:
-        """The first entry that is the name, its class, or a pattern that matches the name.
-
-        Raises:
-            PatternError: the time for matching is used up.
-        """
+        """The first entry that is the name, its class, or a pattern that matches the name."""
         found = (self._names.get(name), self._names.get(cls or ""), self._by_pattern(name))
         places = [place for place in found if place is not None]
         return self.entries[min(places)] if places else None

@@ -85,7 +85,7 @@ def encode_side(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
 
 def decode_side(tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> dict[str, torch.Tensor]:
     """The inverse of :func:`encode_side`, in the source's dtypes."""
-    from ctconvert.dtypes import torch_dtype
+    from ctconvert.transforms.dtypes import torch_dtype
 
     return {name: tensors[name].to(torch_dtype(dtype)) for name, dtype in spec.side}
 

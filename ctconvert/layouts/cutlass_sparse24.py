@@ -94,7 +94,7 @@ class CutlassSparse24(Layout):
         return made | {"weight_scale": weight.scale.to(torch.float32)} | encode_side(weight)
 
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
-        from ctconvert.dtypes import torch_dtype
+        from ctconvert.transforms.dtypes import torch_dtype
         from ctconvert.transforms.sparse24 import sm90_decompress
 
         codes = sm90_decompress(tensors["weight"], tensors["meta"], spec.n, spec.k)

@@ -100,7 +100,7 @@ class ScaledMM(Layout):
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
         import torch
 
-        from ctconvert.dtypes import torch_dtype
+        from ctconvert.transforms.dtypes import torch_dtype
         from ctconvert.transforms.packed import pack_int8
 
         assert spec.scale_dtype is not None

@@ -43,6 +43,12 @@ def comparison_bytes(item: Convert) -> int:
     return item.output_bytes + item_bytes(item)
 
 
+def dense_bytes(item: Convert) -> int:
+    """What one unit of a module and its weights in full, twice over, hold."""
+    spec = item.recipe.weight
+    return item.input_bytes + item.output_bytes + 16 * spec.n * spec.k
+
+
 def budget(plan: Plan, compare: bool = False) -> int:
     """Bytes that the units in flight may hold between them: the largest, and room for others."""
     largest = max(

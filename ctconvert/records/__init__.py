@@ -25,7 +25,7 @@ from ctconvert.records.plan import (
     SourceModule,
     expert_entry,
 )
-from ctconvert.records.reports import Compared, KernelRun, Report, Verified
+from ctconvert.records.reports import Compared, Judged, KernelRun, Report, Verified
 
 __all__ = [
     "FORMAT_VERSION",
@@ -34,6 +34,7 @@ __all__ = [
     "Copy",
     "FileRecord",
     "Item",
+    "Judged",
     "KernelRun",
     "Manifest",
     "Options",

@@ -45,10 +45,22 @@ class Compared(Struct, frozen=True, kw_only=True):
     source_bytes: int
 
 
+class Judged(Struct, frozen=True, kw_only=True):
+    """What compressed-tensors' own decompressors say of a source's weights and an output's.
+
+    ``agree`` counts weights that are equal; ``not_judged`` those it cannot decode, or is known to
+    decode wrongly, by reason.
+    """
+
+    agree: int
+    not_judged: dict[str, int]
+
+
 class Verified(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a verification found to be as the manifest says: ``verify --json``.
 
-    ``against`` is there where a source was compared, ``kernels`` (by layout) where they ran.
+    ``against`` is there where a source was compared, ``independent`` where compressed-tensors was
+    the judge, ``kernels`` (by layout) where they ran.
     """
 
     checkpoint: str
@@ -57,4 +69,5 @@ class Verified(Struct, frozen=True, kw_only=True, omit_defaults=True):
     files: int
     bytes: int
     against: Compared | None = None
+    independent: Judged | None = None
     kernels: dict[str, KernelRun] | None = None

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from msgspec import Struct
 
-from ctconvert.device import is_out_of_memory, on_device
 from ctconvert.errors import ConversionError, UsageError
 from ctconvert.runtime import kernels
 from ctconvert.runtime.kernels import Binding
 from ctconvert.runtime.kernels.base import SPARSE
 from ctconvert.runtime.loading import Loader
 from ctconvert.runtime.modules import KernelEmbedding, KernelLinear
+from ctconvert.transforms.device import is_out_of_memory, on_device
 
 #: Bytes of the largest bf16 table that a quantised embedding is compared with.
 _LARGEST_TABLE = 4 << 30
@@ -72,7 +72,7 @@ def ceilings(device: torch.device) -> tuple[float, float]:
     # Not in a graph, where a copy becomes a node of another kind, which is slower.
     copy = 2 * source.nbytes / median_seconds(partial(target.copy_, source), device, graph=False)
     del source, target
-    size = 8192 if large else 1024
+    size = 8192 if large else 512
     a = torch.randn((size, size), dtype=torch.bfloat16, device=device)
     b = torch.randn((size, size), dtype=torch.bfloat16, device=device)
     return copy, 2 * size**3 / median_seconds(partial(torch.matmul, a, b), device)

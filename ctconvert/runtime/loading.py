@@ -12,14 +12,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ctconvert import device as devices
-from ctconvert.dtypes import torch_dtype
 from ctconvert.errors import ConversionError, UsageError, VerificationError
 from ctconvert.layouts import get as get_layout
 from ctconvert.output import Output
 from ctconvert.records import Convert
 from ctconvert.runtime.kernels import Binding
 from ctconvert.runtime.modules import FusedPart, KernelEmbedding, KernelLinear, TiedHead
+from ctconvert.transforms import device as devices
+from ctconvert.transforms.dtypes import torch_dtype
 
 #: Tensors a model need not have a place for: scales of a quantised KV cache, and what older files
 #: hold of rotary embeddings, which transformers computes.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ctconvert import layouts
+from ctconvert.assembly import padded
 from ctconvert.runtime import kernels
 from ctconvert.runtime.kernels import Binding
 from ctconvert.transforms.dense import dense_weight
@@ -49,7 +50,9 @@ class _Kernel(nn.Module):
         """The dense weight, f32 [N, K], decoded by the layout: the reference's weight."""
         layout = layouts.get(self.binding.layout)
         assert layout is not None
-        return dense_weight(layout.decode(self.tensors(), self.binding.spec))
+        spec = self.binding.spec
+        whole = dense_weight(layout.decode(self.tensors(), padded(spec, *self.binding.padded)))
+        return whole[: spec.n, : spec.k]
 
     def extra_repr(self) -> str:
         spec = self.binding.spec

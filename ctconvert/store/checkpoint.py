@@ -162,7 +162,7 @@ def _weight_map(store: Store) -> dict[str, str]:
     try:
         weight_map = msgspec.json.decode(data, type=_Index).weight_map
     except msgspec.ValidationError:
-        raise BadInputError(f"{where}: {_wrong_index(msgspec.json.decode(data))}") from None
+        raise BadInputError(f"{where}: {_wrong_index(data)}") from None
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"{where}: not valid JSON ({error})") from None
     if not weight_map:
@@ -181,8 +181,12 @@ def _weight_map(store: Store) -> dict[str, str]:
     return weight_map
 
 
-def _wrong_index(index: Any) -> str:
-    """What is wrong with an index that is JSON and has no map of names to names."""
+def _wrong_index(data: bytes) -> str:
+    """What is wrong with an index that has no map of names to names."""
+    try:
+        index = msgspec.json.decode(data)
+    except (ValueError, RecursionError) as error:
+        return f"not valid JSON ({error})"
     if not isinstance(index, dict):
         return "not a JSON object"
     weight_map = index.get("weight_map")

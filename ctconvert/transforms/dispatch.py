@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ctconvert.device import ACCELERATORS
+from ctconvert.transforms.device import ACCELERATORS
 
 
 def has_kernels(tensor: torch.Tensor) -> bool:

@@ -10,12 +10,12 @@ from functools import partial
 import torch
 
 from ctconvert import codec, records
-from ctconvert.device import is_out_of_memory, resolve
-from ctconvert.dtypes import from_bytes, raw_bytes
 from ctconvert.errors import ConversionError
 from ctconvert.planning.memory import comparison_bytes, item_bytes
 from ctconvert.store.base import Store
 from ctconvert.store.safetensors import TensorEntry
+from ctconvert.transforms.device import is_out_of_memory, resolve
+from ctconvert.transforms.dtypes import from_bytes, raw_bytes
 from ctconvert.work.jobs import Context, Done, Job, TensorWriter, copy_tensors
 
 

@@ -10,9 +10,9 @@ from ctconvert.errors import VerificationError
 from ctconvert.output import Output
 from ctconvert.planning.describe import describe
 from ctconvert.planning.make import joined_rows
-from ctconvert.planning.memory import budget
+from ctconvert.planning.memory import budget, dense_bytes
 from ctconvert.progress import Progress
-from ctconvert.records import Compared, Convert, SourceModule, Verified
+from ctconvert.records import Compared, Convert, Judged, SourceModule, Verified
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.safetensors import TensorEntry, total_bytes
 from ctconvert.work.executors import Executor
@@ -61,6 +61,40 @@ def verify_output(output: Output, executor: Executor, progress: Progress) -> Ver
         files=len(manifest.files) + 1,
         bytes=sum(record.size for record in manifest.files),
     )
+
+
+def verify_independently(
+    output: Output, checkpoint: Checkpoint, executor: Executor, progress: Progress
+) -> Judged:
+    """Compares the weights of an output with what compressed-tensors decodes of the source.
+
+    Args:
+        output: a converted checkpoint, which :func:`verify_against` has compared.
+        checkpoint: what it was made from.
+        executor: what runs the comparisons.
+        progress: told of source bytes done.
+
+    Raises:
+        VerificationError: a weight differs; the message names the module and the first element.
+        UsageError: compressed-tensors is not installed.
+    """
+    from ctconvert.work.independent import judge, judge_jobs
+
+    description = describe(checkpoint)
+    items = []
+    for item in output.plan.modules:
+        sources = [description.modules[source.name].source for source in item.sources]
+        assert all(sources)
+        items.append(replace(item, sources=tuple(source for source in sources if source)))
+    progress.phase("judging", sum(s.nbytes for item in items for s in item.sources))
+    context = Context(
+        output.store,
+        against=checkpoint.store,
+        memory=(256 << 20) + max(map(dense_bytes, items), default=0),
+        progress=progress,
+    )
+    with closing(output.store), closing(checkpoint.store):
+        return judge(judge_jobs(items, description.settings), context, executor)
 
 
 def verify_against(

@@ -63,7 +63,6 @@ def test_a_light_verb(args: list[str]) -> None:
     assert not loaded_by(args)
 
 
-@pytest.mark.xfail(strict=False, reason="formats/ and transforms/ import torch for shapes")
 def test_verbs_that_read_headers() -> None:
     assert not loaded_by(*READING)
 

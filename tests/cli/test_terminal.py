@@ -14,7 +14,8 @@ from support.builders import config_of, group_config, quantised, weight_args, wr
 from support.cli import Outcome, run
 
 from ctconvert.cli.progress import ShownProgress
-from ctconvert.cli.sink import Sink, is_screen
+from ctconvert.cli.sink import Sink
+from ctconvert.cli.streams import is_screen
 
 #: A title for the window, a bell, a cleared screen, a forged line, right-to-left, a C1 code, DEL.
 ODD = "\x1b]0;owned\x07\x1b[2J\nerror: forged\r\u202e\x9b31m\x7f\u2066"

@@ -17,8 +17,8 @@ from support.stores import MemoryStore
 
 import ctconvert
 from ctconvert.errors import CtconvertError
-from ctconvert.inspection import inspection
 from ctconvert.planning.describe import describe
+from ctconvert.planning.inspection import inspection
 from ctconvert.planning.make import make_plan
 from ctconvert.records import Options, to_json
 from ctconvert.store.checkpoint import Checkpoint

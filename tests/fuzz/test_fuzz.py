@@ -25,9 +25,9 @@ from support.stores import MemoryStore
 
 import ctconvert
 from ctconvert.errors import CtconvertError
-from ctconvert.inspection import inspection
 from ctconvert.output import Output
 from ctconvert.planning.describe import describe
+from ctconvert.planning.inspection import inspection
 from ctconvert.planning.make import make_plan, refuse, restore_plan
 from ctconvert.progress import Silent
 from ctconvert.records import Options, to_json

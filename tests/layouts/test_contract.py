@@ -25,13 +25,13 @@ from support.memory import described
 
 from ctconvert import codec
 from ctconvert.assembly import Assembly, Concat, Pad, Part, assembled, can_join
-from ctconvert.dtypes import same_bits, spec_of
 from ctconvert.formats import FORMATS
 from ctconvert.formats.base import METADATA_NAMES
 from ctconvert.layouts import LAYOUTS, TARGETS, Layout
 from ctconvert.records import Convert, Recipe, Restore, SourceModule
 from ctconvert.specs import TensorSpec
 from ctconvert.store.safetensors import TensorEntry
+from ctconvert.transforms.dtypes import same_bits, spec_of
 
 CPU = torch.device("cpu")
 

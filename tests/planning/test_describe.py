@@ -26,9 +26,9 @@ from support.stores import MemoryStore, WatchedStore
 import ctconvert
 from ctconvert import codec
 from ctconvert.errors import BadInputError, UsageError
-from ctconvert.inspection import InspectedModule, Inspection, StoredTensor
 from ctconvert.layouts import TARGETS
 from ctconvert.planning.describe import describe
+from ctconvert.planning.inspection import InspectedModule, Inspection, StoredTensor
 from ctconvert.planning.make import make_plan
 from ctconvert.records import Options
 from ctconvert.store.checkpoint import Checkpoint
@@ -60,7 +60,7 @@ def test_inspection_says_what_a_target_refuses() -> None:
     tensors = module("m.up_proj", quantised(64, 96, three, 1))
     description = described(tensors, config_of(three))
     plan = make_plan(description, Options(target="triton", keep_unsupported=True))
-    from ctconvert.inspection import inspection
+    from ctconvert.planning.inspection import inspection
 
     (found,) = inspection(description, plan).modules
     assert found.layout is None and "3-bit" in (found.refused or "")

@@ -19,9 +19,8 @@ from support.paths import ROOT
 from typer.testing import CliRunner
 
 from ctconvert.cli import app
-from ctconvert.errors import VerificationError
 from ctconvert.output import Output
-from ctconvert.runtime import benchmark, load
+from ctconvert.runtime import benchmark
 from ctconvert.runtime.benchmark import Limits, eight_bit_rate, median_seconds, product_of
 from ctconvert.runtime.loading import binding as binding_of
 
@@ -331,27 +330,6 @@ def test_another_error_of_a_kernel_is_not_hidden(
         result = CliRunner().invoke(app, [*verb, str(out), "--device", "cpu"])
         assert isinstance(result.exception, RuntimeError)
         assert "illegal" in str(result.exception)
-
-
-@pytest.mark.parametrize("damage", [b"{", b"\xff", b"["])
-def test_a_damaged_config_is_named(damage: bytes, tmp_path: Path) -> None:
-    out = made("int4", tmp_path)
-    path = out / "config.json"
-    path.write_bytes(damage * path.stat().st_size)
-    code, text, err = run("bench", out, "--device", "cpu")
-    assert (code, text) == (1, "")
-    assert err.startswith(f"error: {path}: damaged: not valid JSON")
-    assert err.count("\n") == 1
-    with pytest.raises(VerificationError, match=r"config\.json: damaged"):
-        load(out, "cpu")
-
-
-def test_a_config_without_the_original_is_named(tmp_path: Path) -> None:
-    out = made("int4", tmp_path)
-    path = out / "config.json"
-    path.write_bytes(path.read_bytes().replace(b'"source"', b'"sourcf"'))
-    with pytest.raises(VerificationError, match=r"config\.json: no quantization_config of ctconv"):
-        load(out, "cpu")
 
 
 # --- tests/bench ---------------------------------------------------------------------------------

@@ -68,6 +68,18 @@ def random_weight(
     return from_bits(dense, dtype), bitmask, from_bits(kept, dtype)
 
 
+def nibble_position(n: int, row: int, column: int, size: int) -> int:
+    """Number of a group's nibble in the metadata, by the layout's formula."""
+    padded_n = -(-n // 64) * 64
+    r, c = row % 64, column % 128
+    if size == 1:
+        inner = r * 128 + c
+    else:
+        inner = c % 16 + 16 * (r // 8 % 2) + 32 * (c // 32) + 128 * (r % 8)
+        inner += 1024 * (c // 16 % 2) + 2048 * (r // 16)
+    return (row // 64 * 64 * 128 + column // 128 * padded_n * 128 + inner) // 4
+
+
 def reference_compress(dense: Tensor) -> tuple[Tensor, Tensor]:
     """Values and metadata from the formulas, one group at a time."""
     n, k = dense.shape
@@ -95,13 +107,7 @@ def reference_compress(dense: Tensor) -> tuple[Tensor, Tensor]:
                 i0, i1 = 0, 0
                 pair = [0, 0]
             values[m][column // 2 : column // 2 + 2] = pair
-            r, c = m % 64, column % 128
-            if size == 1:
-                inner = r * 128 + c
-            else:
-                inner = c % 16 + 16 * (r // 8 % 2) + 32 * (c // 32) + 128 * (r % 8)
-                inner += 1024 * (c // 16 % 2) + 2048 * (r // 16)
-            position = (m // 64 * 64 * 128 + column // 128 * padded_n * 128 + inner) // 4
+            position = nibble_position(n, m, column, size)
             meta[position // 2] |= (i0 | i1 << 2) << 4 * (position % 2)
     packed = torch.tensor(meta, dtype=torch.uint8).view(padded_n, padded_k // 8)
     return from_bits(values, dense.dtype), packed
@@ -272,17 +278,6 @@ def test_bitmask_compress_takes_a_dropped_minus_zero_for_zero(path: str) -> None
     bitmask = torch.tensor([[0b0110_0110]], dtype=torch.uint8)
     expected = torch.tensor([[1.0, -0.0, 0.0, 3.0]], dtype=torch.float16)
     assert same(sparse24.bitmask_compress(dense, bitmask), expected)
-
-
-def nibble_position(n: int, row: int, column: int, size: int) -> int:
-    padded_n = -(-n // 64) * 64
-    r, c = row % 64, column % 128
-    if size == 1:
-        inner = r * 128 + c
-    else:
-        inner = c % 16 + 16 * (r // 8 % 2) + 32 * (c // 32) + 128 * (r % 8)
-        inner += 1024 * (c // 16 % 2) + 2048 * (r // 16)
-    return (row // 64 * 64 * 128 + column // 128 * padded_n * 128 + inner) // 4
 
 
 def set_nibble(meta: Tensor, position: int, nibble: int) -> None:

@@ -43,7 +43,6 @@ from ctconvert.assembly import (
     leaves,
     unpadded,
 )
-from ctconvert.dtypes import same_bits
 from ctconvert.errors import VerificationError
 from ctconvert.output import Output
 from ctconvert.planning.describe import Description, describe
@@ -53,6 +52,7 @@ from ctconvert.records import Convert, Plan, SourceModule
 from ctconvert.specs import QuantizedWeight
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.local import LocalStore
+from ctconvert.transforms.dtypes import same_bits
 from ctconvert.work.build import Settings, build
 from ctconvert.work.transforming import read_tensor
 from ctconvert.work.verify import verify_against

@@ -68,7 +68,8 @@ def read_group(name: str, group: Any, unread: UnreadError) -> Scheme:
     except PydanticError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         path = ".".join(map(str, first["loc"]))
-        raise UnreadError(path, f"{printable(first['msg'])} {_NEWER}") from None
+        said = printable(first["msg"].removeprefix("Value error, "))
+        raise UnreadError(path, f"{said} {_NEWER}") from None
     except KeyError as error:
         raise UnreadError("", printable(str(error.args[0]))) from None
     except (NotImplementedError, TypeError, AttributeError):
@@ -147,8 +148,8 @@ def model_of(group: Mapping[str, Any] | Scheme) -> QuantizationScheme:
         plain = dict(group)
     try:
         return QuantizationScheme.model_validate(_without_group_order(plain)[0])
-    except PydanticError as error:
-        raise UnreadError("", printable(str(error.errors()[0]["msg"]))) from None
+    except (PydanticError, NotImplementedError) as error:
+        raise UnreadError("", printable(str(error))) from None
 
 
 def _plain(args: QuantArgs) -> dict[str, Any]:

@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ctconvert.device import on_device
+from ctconvert.transforms.device import on_device
 from ctconvert.transforms.packed.triton import (
     is_set,
     new_flag,

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ctconvert.device import on_device
+from ctconvert.transforms.device import on_device
 from ctconvert.transforms.shapes import WORD_BITS, codes_per_word, row_words
 from ctconvert.transforms.words import as_words
 

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ctconvert.device import on_device
+from ctconvert.transforms.device import on_device
 from ctconvert.transforms.shapes import sm90_meta_shape
 from ctconvert.transforms.sparse24 import kernels
 from ctconvert.transforms.sparse24.cpu import from_kernel_order

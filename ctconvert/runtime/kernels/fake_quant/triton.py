@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ctconvert.device import on_device
+from ctconvert.transforms.device import on_device
 
 BLOCK = 2048
 

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ctconvert.device import on_device
 from ctconvert.runtime.kernels.gather.reference import check_range
+from ctconvert.transforms.device import on_device
 
 
 @triton.jit

@@ -25,9 +25,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ctconvert.device import on_device
 from ctconvert.runtime.kernels.fake_quant.triton import narrow
 from ctconvert.runtime.kernels.hardware import has_large_shared_memory, multiprocessors
+from ctconvert.transforms.device import on_device
 
 _E2M1 = tl.constexpr(16)  # KIND of the weight's codes: a 4-bit float, or an integer of BITS bits
 

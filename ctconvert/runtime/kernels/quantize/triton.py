@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ctconvert.device import on_device
 from ctconvert.runtime.nvcc import KernelUnavailableError
+from ctconvert.transforms.device import on_device
 
 
 @triton.jit

@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ctconvert.device import on_device
 from ctconvert.runtime.kernels.hardware import has_large_shared_memory, multiprocessors
 from ctconvert.runtime.kernels.quantize.triton import check_device
 from ctconvert.runtime.kernels.scaled_mm.reference import is_blockwise
+from ctconvert.transforms.device import on_device
 
 
 @triton.jit

@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 
-from ctconvert.device import on_device
 from ctconvert.runtime import nvcc
 from ctconvert.runtime.nvcc import KernelUnavailableError
+from ctconvert.transforms.device import on_device
 
 SOURCE = Path(__file__).with_name("sparse24.cu")
 ELEMENTS = {

@@ -41,7 +41,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ctconvert.device import on_device
 from ctconvert.runtime.kernels.fake_quant.triton import (
     INTERPRETED,
     fake_quant,
@@ -50,6 +49,7 @@ from ctconvert.runtime.kernels.fake_quant.triton import (
     narrow,
 )
 from ctconvert.runtime.kernels.hardware import multiprocessors
+from ctconvert.transforms.device import on_device
 
 
 def _unpack_asm(bits: int, bf16: bool) -> str:
