@@ -213,22 +213,27 @@ def joined(fragments: Sequence[Fragment], source: SourceModule) -> QuantizedWeig
     lines: dict[int, list[Fragment]] = {}
     for fragment in sorted(fragments, key=lambda item: (item.row, item.column)):
         lines.setdefault(fragment.row, []).append(fragment)
-    made, row = [], 0
-    for start, line in lines.items():
-        column = 0
-        for fragment in line:
-            if start != row or fragment.column != column:
-                break
-            column += fragment.weight.spec.k
-        if start != row or column != spec.k:
-            break
+    made: list[QuantizedWeight] = []
+    for row, line in lines.items():
+        widths = [fragment.weight.spec.k for fragment in line]
+        begins = [sum(widths[:place]) for place in range(len(line))]
+        if (
+            row != sum(weight.spec.n for weight in made)
+            or begins != [fragment.column for fragment in line]
+            or sum(widths) != spec.k
+            or len({fragment.weight.spec.n for fragment in line}) > 1
+        ):
+            raise _incomplete(source)
         made.append(cuts.join_columns([fragment.weight for fragment in line]))
-        row += made[-1].spec.n
-    if row != spec.n or len(made) != len(lines):
-        raise VerificationError(
-            f"module {source.name}: the output's modules do not hold all of it once"
-        )
+    if sum(weight.spec.n for weight in made) != spec.n:
+        raise _incomplete(source)
     return cuts.collapse(cuts.join_rows(made), spec)
+
+
+def _incomplete(source: SourceModule) -> VerificationError:
+    return VerificationError(
+        f"module {source.name}: the output's modules do not hold all of it once"
+    )
 
 
 def restore(

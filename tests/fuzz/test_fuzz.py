@@ -154,7 +154,8 @@ def mutated(draw: st.DrawFn, original: Any) -> Any:
                 found = found[key] if _has(found, key) else None
             holder[last] = copy.deepcopy(found)
         else:
-            holder[last] = draw(st.sampled_from(ODD) | st.integers() | st.text(max_size=20))
+            odd = draw(st.sampled_from(ODD) | st.integers() | st.text(max_size=20))
+            holder[last] = copy.deepcopy(odd)  # it may be changed in turn
     return value
 
 
