@@ -19,6 +19,7 @@ from ctconvert.transforms.cpu import (
     cpu_w4a16_unpack,
 )
 
+pytest_plugins = ("transform_paths",)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 VECTORS = GOLDEN / "cpu_layouts.safetensors"
@@ -38,7 +39,7 @@ def blocked(codes: np.ndarray) -> torch.Tensor:
     return words_of(placed(codes, place), 4).view(codes.shape[0] // 16, 2 * codes.shape[1])
 
 
-def test_golden_w4a16(path: str) -> None:
+def test_golden_w4a16(either_path: str) -> None:
     golden = load_file(VECTORS)
     words = words_of(golden["cpu_w4a16.codes"].numpy(), 4)
     packed = golden["cpu_w4a16.q"]
@@ -56,7 +57,7 @@ def test_w4a16_is_what_the_kernel_computes() -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), [(32, 32), (96, 224)])
-def test_w4a16_is_the_definition(n: int, k: int, path: str) -> None:
+def test_w4a16_is_the_definition(n: int, k: int, either_path: str) -> None:
     words = random_words(n, k, 4)
     packed = blocked(codes_of(words, 4))
     assert torch.equal(cpu_w4a16_pack(words), packed)
@@ -114,7 +115,7 @@ def byte_blocks(codes: np.ndarray, zeros: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("n", "k", "g"), [(32, 64, 32), (64, 256, 128), (64, 256, 64), (64, 512, 256), (96, 96, 32)]
 )
-def test_golden_w4a8(n: int, k: int, g: int, path: str) -> None:
+def test_golden_w4a8(n: int, k: int, g: int, either_path: str) -> None:
     golden = load_file(VECTORS)
     start = f"cpu_w4a8.N{n}.K{k}.G{g}."
     words, zeros = words_of(golden[start + "codes"].numpy(), 4), golden[start + "zeros"]
@@ -144,7 +145,7 @@ def test_golden_w4a8_experts() -> None:
 
 
 @pytest.mark.parametrize(("n", "k", "groups"), [(32, 96, 1), (96, 384, 1), (64, 320, 5)])
-def test_w4a8_is_the_definition(n: int, k: int, groups: int, path: str) -> None:
+def test_w4a8_is_the_definition(n: int, k: int, groups: int, either_path: str) -> None:
     words, zeros = random_words(n, k, 4), zero_points(n, groups)
     packed = byte_blocks(codes_of(words, 4), zeros.numpy())
     assert torch.equal(cpu_w4a8_pack(words, zeros), packed)
@@ -216,7 +217,7 @@ def random_int8(n: int, k: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("n", "k"), [(32, 32), (64, 128), (96, 256)])
-def test_golden_int8(n: int, k: int, path: str) -> None:
+def test_golden_int8(n: int, k: int, either_path: str) -> None:
     golden = load_file(VECTORS)
     values, packed = golden[f"int8_amx.N{n}.K{k}.in"], golden[f"int8_amx.N{n}.K{k}.out"]
     assert torch.equal(cpu_int8_pack(values), packed)
@@ -224,7 +225,7 @@ def test_golden_int8(n: int, k: int, path: str) -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), [(32, 96), (96, 64)])
-def test_int8_is_the_definition(n: int, k: int, path: str) -> None:
+def test_int8_is_the_definition(n: int, k: int, either_path: str) -> None:
     values = random_int8(n, k)
     packed = int8_blocks(values.numpy())
     assert torch.equal(cpu_int8_pack(values), packed)

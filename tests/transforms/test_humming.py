@@ -21,6 +21,7 @@ from ctconvert.transforms.humming import (
 from ctconvert.transforms.packed import unpack
 from ctconvert.transforms.recode import humming_bytes, restore_bytes
 
+pytest_plugins = ("transform_paths",)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 BF16 = torch.bfloat16
@@ -37,7 +38,7 @@ def golden(case: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("case", "bits"), [("int4", 4), ("int4_asym", 4), ("int8", 8), ("nvfp4", 4)]
 )
-def test_golden(case: str, bits: int, path: str) -> None:
+def test_golden(case: str, bits: int, either_path: str) -> None:
     vectors = golden(case)
     words = vectors["in_weight_packed"].view(torch.int32)
     assert torch.equal(humming_pack(words, bits, BF16), vectors["out_weight"])
@@ -62,7 +63,7 @@ def test_golden_global_scale() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2,), (6, 10), (4, 40000)])
-def test_bytes(shape: tuple[int, ...], path: str) -> None:
+def test_bytes(shape: tuple[int, ...], either_path: str) -> None:
     words = random_words(1, 4 * int(np.prod(shape)), 8).view(shape)
     flat = codes_of(words.view(1, -1), 8).astype(int)
     mapped = np.where(flat >= 128, flat - 128, 255 - flat)
@@ -73,7 +74,7 @@ def test_bytes(shape: tuple[int, ...], path: str) -> None:
     assert torch.equal(made, words)
 
 
-def test_bytes_are_all_256(path: str) -> None:
+def test_bytes_are_all_256(either_path: str) -> None:
     words = torch.arange(256).to(torch.uint8).view(torch.int32)
     humming_bytes(words)
     expected = [255 - u if u < 128 else u - 128 for u in range(256)]

@@ -16,6 +16,7 @@ from ctconvert.transforms.machete import (
     machete_zero_points,
 )
 
+pytest_plugins = ("transform_paths",)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 BLOCK = {
@@ -35,7 +36,7 @@ def prepacked(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("kind", "bits"), [("u4b8", 4), ("u8b128", 8)])
-def test_golden(kind: str, bits: int, dtype: str, path: str) -> None:
+def test_golden(kind: str, bits: int, dtype: str, either_path: str) -> None:
     golden = load_file(GOLDEN / "machete_prepack.safetensors")
     words = golden[f"machete_prepack.{kind}.{dtype}.K128.N128.in"].t().contiguous()
     packed = golden[f"machete_prepack.{kind}.{dtype}.K128.N128.out"]
@@ -45,7 +46,7 @@ def test_golden(kind: str, bits: int, dtype: str, path: str) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n", "k"), [(128, 64), (384, 192), (128, 320)])
-def test_is_the_definition(bits: int, n: int, k: int, path: str) -> None:
+def test_is_the_definition(bits: int, n: int, k: int, either_path: str) -> None:
     words = random_words(n, k, bits)
     packed = prepacked(words, bits)
     assert torch.equal(machete_pack(words, bits), packed)
@@ -62,7 +63,7 @@ def test_blocks_of_every_size(bits: int, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), [(0, 64), (128, 0)])
-def test_of_nothing(n: int, k: int, path: str) -> None:
+def test_of_nothing(n: int, k: int, either_path: str) -> None:
     packed = machete_pack(torch.zeros((n, k // 8), dtype=torch.int32), 4)
     assert packed.shape == (k // 8, n)
     assert machete_unpack(packed, 4, n, k).shape == (n, k // 8)

@@ -12,6 +12,7 @@ from naive import random_words
 from ctconvert.transforms import cpu, machete, w4a8_fp8
 from ctconvert.transforms.reorder import Order, blocks
 
+pytest_plugins = ("transform_paths",)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 ORDERS: dict[str, Callable[[int, int], Order]] = {
@@ -63,7 +64,7 @@ def test_several_threads_at_once() -> None:
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
-def test_any_view_of_memory(offset: int, path: str) -> None:
+def test_any_view_of_memory(offset: int, either_path: str) -> None:
     n, k = 128, 192
     words = random_words(n, k, 4)
     packed = machete.machete_pack(words, 4)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from ctconvert.transforms.w4a8_fp8 import w4a8_fp8_pack, w4a8_fp8_scales, w4a8_fp8_unpack
 
+pytest_plugins = ("transform_paths",)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 CASES = ((128, 128), (256, 512), (384, 256))
@@ -35,7 +36,7 @@ def encoded(codes: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("n", "k"), CASES)
-def test_golden_codes(n: int, k: int, path: str) -> None:
+def test_golden_codes(n: int, k: int, either_path: str) -> None:
     vectors = golden(n, k)
     words = words_of(vectors["codes"].numpy(), 4)
     assert torch.equal(w4a8_fp8_pack(words), vectors["out_weight"])
@@ -73,7 +74,7 @@ def test_is_what_the_kernel_computes(n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), [(128, 384), (256, 128)])
-def test_is_the_definition(n: int, k: int, path: str) -> None:
+def test_is_the_definition(n: int, k: int, either_path: str) -> None:
     words = random_words(n, k, 4)
     packed = encoded(codes_of(words, 4))
     assert torch.equal(w4a8_fp8_pack(words), packed)

@@ -1,4 +1,4 @@
-"""Fixtures of the transforms' tests."""
+"""Fixtures of the tests here, a plugin of each module that names it in ``pytest_plugins``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture(params=["torch", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def either_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both paths on the CPU: the kernels run in Triton's interpreter."""
     if request.param == "triton":
         triton = pytest.importorskip("triton")
