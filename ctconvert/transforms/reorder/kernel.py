@@ -93,18 +93,18 @@ def _places(
 
 
 @triton.jit
-def _consecutive(count, run, GAP: tl.constexpr, WORDS: tl.constexpr):
+def _consecutive(total, run, GAP: tl.constexpr, WORDS: tl.constexpr):
     """Offsets of the program's words in the layout, and which of them exist."""
     word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     at = word
     if GAP:
         at += word // run * GAP
-    return at, word < count
+    return at, word < total
 
 
 @triton.jit
 def _reorder_kernel(
-    words, flat, count, size1, size2, stride0, stride1, stride2, tail, in0, in1, in2, run,
+    words, flat, count, size1, size2, stride0, stride1, stride2, tail, in0, in1, in2, run, total,
     DIMS: tl.constexpr, SHIFTS: tl.constexpr, MASKS: tl.constexpr, EXCHANGES: tl.constexpr,
     INNER: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, GAP: tl.constexpr,
 ):  # fmt: skip
@@ -135,20 +135,20 @@ def _reorder_kernel(
         x = tl.join(_joined(a00, a01, a10, a11), _joined(b00, b01, b10, b11))
         x = x.permute(0, 4, 2, 3, 1)
     WIDTH: tl.constexpr = TAIL << INNER
-    word, inside = _consecutive(count * WIDTH, run, GAP, ROWS * WIDTH)
+    word, inside = _consecutive(total, run, GAP, ROWS * WIDTH)
     tl.store(flat + word, x.reshape(ROWS * WIDTH), mask=inside)
 
 
 @triton.jit
 def _restore_kernel(
-    words, flat, count, size1, size2, stride0, stride1, stride2, tail, in0, in1, in2, run,
+    words, flat, count, size1, size2, stride0, stride1, stride2, tail, in0, in1, in2, run, total,
     DIMS: tl.constexpr, SHIFTS: tl.constexpr, MASKS: tl.constexpr, EXCHANGES: tl.constexpr,
     INNER: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, GAP: tl.constexpr,
 ):  # fmt: skip
     at, inside = _places(count, size1, size2, stride0, stride1, stride2, tail, ROWS, TAIL)
     at += words
     WIDTH: tl.constexpr = TAIL << INNER
-    word, exists = _consecutive(count * WIDTH, run, GAP, ROWS * WIDTH)
+    word, exists = _consecutive(total, run, GAP, ROWS * WIDTH)
     x = tl.load(flat + word, mask=exists, other=0)
     if INNER == 2:
         w00, w01, w10, w11 = _parted(x.reshape(ROWS, 2, 2, TAIL).permute(0, 3, 1, 2))
@@ -215,6 +215,7 @@ def _launch(
             tail,
             *[*inner, 0][:3],
             order.run,
+            order.words,
             DIMS=tuple(dim for dim, _ in exchanges),
             SHIFTS=tuple(shift for _, shift in exchanges),
             MASKS=tuple(FIELDS[shift] for _, shift in exchanges),

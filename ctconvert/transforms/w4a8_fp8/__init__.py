@@ -16,7 +16,7 @@ The nibble of (n, k), counted from the start with the low one of a byte first, i
     512*(n//16 + (N/16)*(k//32)) + 16*((k//4)%4 + 4*(n%8)) + k%4 + 4*((n//8)%2) + 8*((k//16)%2)
 
 and holds q mod 16, but 8 - q where q is 1 to 7. These are ``cutlass_encode_and_reorder_int4b`` and
-``cutlass_pack_scale_fp8`` of vLLM, csrc/quantization/w4a8, with the scales that its
+``cutlass_pack_scale_fp8`` of vLLM, csrc/quantization/cutlass_w4a8, with the scales that its
 ``CutlassW4A8LinearKernel`` hands to the latter.
 
 CPU tensors take torch code, CUDA and XPU tensors Triton kernels, of
@@ -110,7 +110,8 @@ def w4a8_fp8_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = scale.to(torch.float32)
     if not bool(wide.isfinite().all()):
         raise ValueError("the scales hold a value that is not finite")
-    channel = wide.abs().amax(1, keepdim=True) / _FP8_MAX
+    # By a tensor: CUDA multiplies by the reciprocal of a number.
+    channel = wide.abs().amax(1, keepdim=True) / wide.new_tensor(_FP8_MAX)
     channel = channel.clamp_min(1.0 / (_FP8_MAX * 512.0))
     fp8 = torch.float8_e4m3fn
     eighth = ((wide / channel).to(fp8).to(torch.float32) / 8.0).to(fp8)
