@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -24,65 +25,72 @@ def nibble_sums(words: torch.Tensor, columns: int) -> torch.Tensor:
     ``columns`` is a multiple of 32 that divides K.
     """
     units = _units(words)
-    out = words.new_empty((words.shape[0], units.shape[1] * 16 // columns))
-    for rows in _slices(units):
-        x = units[rows]
-        pairs = x.bitwise_right_shift(4).bitwise_and_(_NIBBLES).add_(x & _NIBBLES)
-        # At most 8 units of bytes of at most 30: no sum overflows its byte.
-        out[rows] = _folded(_added(pairs.unflatten(1, (-1, columns // 16))))
-    return out
+    size = columns // 16  # units of a sum: at most 8 of bytes of at most 30, which fit a byte
+    totals = units.new_empty((units.shape[0], units.shape[1] // size))
+    for rows, block, scratch in _blocks(units):
+        block.copy_(units[rows])
+        _pair(block, 4, _NIBBLES, scratch)
+        torch.sum(block.unflatten(1, (-1, size)), -1, out=totals[rows])
+    return _folded(totals, 8)
 
 
 def byte_sums(values: torch.Tensor) -> torch.Tensor:
     """Sums of i8 [N, K] along K, K % 32 == 0, to i32 [N]."""
-    n, k = values.shape
+    k = values.shape[1]
     units = _units(values)
-    out = torch.empty(n, dtype=torch.int32, device=values.device)
-    for rows in _slices(units):
-        # As u8: 16-bit lanes hold 128 sums of two bytes.
-        x = units[rows] ^ _SIGNS
-        lanes = x.bitwise_right_shift(8).bitwise_and_(_BYTES).add_(x & _BYTES)
-        total = sum((_wide(part.sum(1)) for part in lanes.split(128, 1)), start=lanes.new_zeros(1))
-        out[rows] = total - 128 * k
-    return out
+    size = math.gcd(units.shape[1], 128)  # as u8: 16-bit lanes hold 128 sums of two bytes
+    totals = units.new_empty((units.shape[0], units.shape[1] // size))
+    for rows, block, scratch in _blocks(units):
+        torch.bitwise_xor(units[rows], _SIGNS, out=block)
+        _pair(block, 8, _MASKS[8], scratch)
+        torch.sum(block.unflatten(1, (-1, size)), -1, out=totals[rows])
+    return _folded(totals, 16).sum(1, dtype=torch.int32) - 128 * k
 
 
 _NIBBLES = 0x0F0F0F0F0F0F0F0F
-_BYTES = 0x00FF00FF00FF00FF
-_HALVES = 0x0000FFFF0000FFFF
+#: By the fields' bits: the lower of every two.
+_MASKS = {8: 0x00FF00FF00FF00FF, 16: 0x0000FFFF0000FFFF, 32: 0xFFFFFFFF}
 _SIGNS = -0x7F7F7F7F7F7F7F80  # the i64 of eight bytes 0x80
 
 
+def _pair(x: torch.Tensor, shift: int, mask: int, y: torch.Tensor) -> None:
+    """``x``: the sums of every two neighbouring fields of ``shift`` bits, in fields twice as wide.
+
+    In place; ``y`` is scratch.
+    """
+    torch.bitwise_right_shift(x, shift, out=y)
+    x.bitwise_and_(mask)
+    y.bitwise_and_(mask)
+    # Sums of 32 bits are the faster ones, and no field of these crosses a word.
+    x.view(torch.int32).add_(y.view(torch.int32))
+
+
+def _folded(totals: torch.Tensor, shift: int) -> torch.Tensor:
+    """The sum of all fields of ``shift`` bits of each unit, as i32."""
+    blocks = totals.view(-1).split(_GRAIN if totals.device.type == "cpu" else 1 << 24)
+    for block in blocks:
+        scratch = torch.empty_like(block)
+        width = shift
+        while width < 64:
+            _pair(block, width, _MASKS[width], scratch)
+            width *= 2
+    return totals.to(torch.int32)
+
+
 def _units(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes, contiguous, as i64."""
     tensor = tensor.contiguous()
     if tensor.storage_offset() * tensor.element_size() % 8:
         tensor = tensor.clone()
     return tensor.view(torch.int64)
 
 
-def _added(units: torch.Tensor) -> torch.Tensor:
-    """The sum along the last dimension, which is short."""
-    first, *others = units.unbind(-1)
-    total = first.clone()
-    for other in others:
-        total.add_(other)
-    return total
-
-
-def _folded(total: torch.Tensor) -> torch.Tensor:
-    """The sum of the eight bytes of each unit."""
-    return _wide((total & _BYTES).add_(total.bitwise_right_shift(8).bitwise_and_(_BYTES)))
-
-
-def _wide(lanes: torch.Tensor) -> torch.Tensor:
-    """The sum of the four 16-bit lanes of each unit."""
-    halves = (lanes & _HALVES).add_(lanes.bitwise_right_shift(16).bitwise_and_(_HALVES))
-    return (halves & 0xFFFFFFFF).add_(halves.bitwise_right_shift(32))
-
-
-def _slices(units: torch.Tensor) -> Iterator[slice]:
+def _blocks(units: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Consecutive slices of the rows, and two blocks of scratch for each, the same memory."""
     n, width = units.shape
     elements = _GRAIN if units.device.type == "cpu" else _GRAIN * _DEVICE_FACTOR
-    step = max(elements // max(width, 1), 1)
-    for start in range(0, n, step):
-        yield slice(start, min(start + step, n))
+    step = min(max(elements // max(width, 1), 1), n)
+    scratch = units.new_empty((2, step, width))
+    for start in range(0, n, max(step, 1)):
+        rows = slice(start, min(start + step, n))
+        yield rows, *scratch[:, : rows.stop - start]

@@ -59,54 +59,60 @@ def _recode(words: torch.Tensor, kind: str) -> None:
 
         kernel.recode(words, kind)
         return
-    scratch = torch.zeros(min(words.numel(), _BLOCK), dtype=torch.int32)
+    scratch = torch.zeros((2, min(words.numel(), _BLOCK)), dtype=torch.int32)
     for block in words.view(-1).split(_BLOCK):
-        _PATHS[kind](block, scratch[: block.numel()])
+        _PATHS[kind](block, *scratch[:, : block.numel()])
 
 
-# In each x is changed in place and y is scratch. Shifts are of 64 bits, two words at once, which is
-# faster; the mask behind one removes copies of the sign and bits of the other word. A negative
-# literal is the integer with the bits that the comment says.
+# In each x is changed in place, y and z are scratch, all i32. Shifts and masks are of 64 bits, two
+# words at once, and sums and products of 32: the faster ones. The mask behind a shift removes
+# copies of the sign and bits of the other word.
 
-_TOPS = -0x77777778  # 0x88888888
-_LONG_ONES = 0x1111111111111111
-_LONG_BYTES = 0x0101010101010101
+_TOPS = -0x7777777777777778  # the i64 of 0x8888888888888888
+_LOWS = 0x7777777777777777
+_BYTE_TOPS = -0x7F7F7F7F7F7F7F80  # of 0x8080808080808080
 
 
-def _negate(x: torch.Tensor, y: torch.Tensor) -> None:
+def _negate(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> None:
     """Positive and zero: q + 8 has the top bit; its lower three are negated mod 8."""
-    torch.bitwise_and(x, _TOPS, out=y)
-    x.bitwise_xor_(y)  # the lower three bits
-    one = (y.view(torch.int64) >> 3).bitwise_and_(_LONG_ONES).view(torch.int32)
-    y.sub_(one)  # 7 in the codes with a top bit
-    x.bitwise_xor_(y).add_(one).bitwise_and_(0x77777777)
-    x.bitwise_or_(y.add_(one).bitwise_xor_(_TOPS))
+    codes, tops = x.view(torch.int64), y.view(torch.int64)
+    torch.bitwise_and(codes, _TOPS, out=tops)
+    codes.bitwise_xor_(tops)  # the lower three bits
+    ones = z.view(torch.int64)
+    torch.bitwise_right_shift(tops, 3, out=ones)
+    ones.bitwise_and_(0x1111111111111111)
+    y.sub_(z)  # 7 in the codes with a top bit
+    x.bitwise_xor_(y).add_(z)
+    codes.bitwise_and_(_LOWS)
+    y.add_(z)
+    codes.bitwise_or_(tops.bitwise_xor_(_TOPS))
 
 
-def _unnegate(x: torch.Tensor, y: torch.Tensor) -> None:
+def _unnegate(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> None:
     """After the top bits are turned over, what was negated is negated again."""
-    x.bitwise_xor_(_TOPS)
-    _negate(x, y)
-    x.bitwise_xor_(_TOPS)
+    codes = x.view(torch.int64)
+    codes.bitwise_xor_(_TOPS)
+    _negate(x, y, z)
+    codes.bitwise_xor_(_TOPS)
 
 
-def _to_bytes(x: torch.Tensor, y: torch.Tensor) -> None:
+def _to_bytes(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> None:
     """Turns the top bits over, and the lower seven where the top one was 0."""
     _turn_lower(x, y)
     x.bitwise_not_()
 
 
-def _from_bytes(x: torch.Tensor, y: torch.Tensor) -> None:
+def _from_bytes(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> None:
     """Turns the top bits over, and the lower seven where the top one was 1."""
     _turn_lower(x, y)
-    x.bitwise_xor_(-0x7F7F7F80)  # 0x80808080
+    x.view(torch.int64).bitwise_xor_(_BYTE_TOPS)
 
 
 def _turn_lower(x: torch.Tensor, y: torch.Tensor) -> None:
     """Turns the lower seven bits over where the top one is 1."""
     tops = y.view(torch.int64)
     torch.bitwise_right_shift(x.view(torch.int64), 7, out=tops)
-    tops.bitwise_and_(_LONG_BYTES)
+    tops.bitwise_and_(0x0101010101010101)
     x.bitwise_xor_(y.mul_(0x7F))
 
 
