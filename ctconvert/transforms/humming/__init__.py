@@ -17,8 +17,8 @@ codes that meet bfloat16 activations are stored as sign and magnitude; one- and 
 alike take one order, without the shuffle of four that Marlin's FP4 path adds, and keep their bytes;
 zero points are packed without the interleave.
 
-Source: the humming-kernels library, ``humming/layer.py`` and its weight and scale repacking for
-16-bit activations on SM90.
+Source: the humming-kernels library, its repacking of weights, scales and zero points for 16-bit
+activations on SM90.
 
 CPU tensors take torch code, CUDA and XPU tensors Triton kernels; the results are equal bit for bit.
 """

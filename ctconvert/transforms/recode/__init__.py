@@ -23,7 +23,7 @@ def negate_nibbles(words: torch.Tensor) -> None:
     """Codes q + 8 to the nibbles of q mod 16, but 8 - q where q is 1 to 7; i32, in place.
 
     A nibble of 8 or more is q + 16 of a negative q, one below is 8 - q of a positive one, and 0 is
-    0 (vLLM: ``cutlass_encode_and_reorder_int4b``, csrc/quantization/cutlass_w4a8).
+    0 (vLLM: ``cutlass_encode_and_reorder_int4b``).
     """
     _recode(words, "negate")
 
