@@ -16,8 +16,8 @@ The nibble of (n, k), counted from the start with the low one of a byte first, i
     512*(n//16 + (N/16)*(k//32)) + 16*((k//4)%4 + 4*(n%8)) + k%4 + 4*((n//8)%2) + 8*((k//16)%2)
 
 and holds q mod 16, but 8 - q where q is 1 to 7. These are ``cutlass_encode_and_reorder_int4b`` and
-``cutlass_pack_scale_fp8`` of vLLM's csrc, with the scales that its ``CutlassW4A8LinearKernel`` hands
-to the latter.
+``cutlass_pack_scale_fp8`` of vLLM's csrc, with the scales that its ``CutlassW4A8LinearKernel``
+hands to the latter.
 
 CPU tensors take torch code, CUDA and XPU tensors Triton kernels, of
 :mod:`ctconvert.transforms.reorder` and :mod:`ctconvert.transforms.recode`; the results are equal
