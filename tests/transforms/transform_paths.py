@@ -1,0 +1,31 @@
+"""Fixtures of the tests here, a plugin of each module that names it in ``pytest_plugins``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised tensors are filled (integers with their greatest value)."""
+    torch.use_deterministic_algorithms(True)
+    assert (torch.empty(8, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def either_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both paths on the CPU: the kernels run in Triton's interpreter."""
+    if request.param == "triton":
+        triton = pytest.importorskip("triton")
+        if not triton.knobs.runtime.interpret:
+            pytest.skip("needs Triton's interpreter")
+        from ctconvert.transforms import recode, reorder
+
+        monkeypatch.setattr(reorder, "has_kernels", lambda tensor: True)
+        monkeypatch.setattr(recode, "has_kernels", lambda tensor: True)
+    return request.param
