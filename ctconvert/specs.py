@@ -74,7 +74,7 @@ Dtype = Literal[
 #: How codes of 3, 5, 6 and 7 bits lie in words; the same for the other widths.
 Packing = Literal["dense", "padded"]
 Family = Literal[
-    "sparse24", "mxfp4", "nvfp4", "wna8o8", "w8a8", "w4a8", "wna16", "embedding", "other"
+    "sparse24", "mxfp4", "mxfp8", "nvfp4", "wna8o8", "w8a8", "w4a8", "wna16", "embedding", "other"
 ]
 Strategy = Literal["tensor", "channel", "group", "block", "tensor_group", "token", "attn_head"]
 Size = Annotated[int, Meta(ge=0, le=2**63 - 1)]
