@@ -9,13 +9,13 @@ from builders import group_config, quantised, weight_args
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 
-from ctconvert.dtypes import spec_of
 from ctconvert.formats.base import Format, ModuleTensors
 from ctconvert.formats.mxfp8 import MXFP8Quantized
 from ctconvert.formats.nvfp4 import NVFP4Packed
 from ctconvert.formats.quantization import ModuleScheme
 from ctconvert.formats.quantized import FloatQuantized
 from ctconvert.specs import QuantizedWeight
+from ctconvert.transforms.dtypes import spec_of
 
 Tensors = dict[str, torch.Tensor]
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}

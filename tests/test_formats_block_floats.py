@@ -18,11 +18,11 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from msgspec.structs import replace
 
-from ctconvert.dtypes import same_bits
 from ctconvert.errors import BadInputError
 from ctconvert.formats.mxfp8 import MXFP8Quantized
 from ctconvert.formats.nvfp4 import NVFP4Packed
 from ctconvert.transforms.dense_fp import dense
+from ctconvert.transforms.dtypes import same_bits
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 

@@ -24,7 +24,6 @@ from msgspec.structs import replace
 from safetensors.torch import load_file
 
 from ctconvert.assembly import padded
-from ctconvert.dtypes import same_bits, spec_of
 from ctconvert.formats.mxfp8 import MXFP8Quantized
 from ctconvert.formats.nvfp4 import NVFP4Packed
 from ctconvert.formats.quantized import FloatQuantized
@@ -36,6 +35,7 @@ from ctconvert.layouts.nvfp4_cutlass import NVFP4Cutlass
 from ctconvert.specs import QuantizedWeight
 from ctconvert.transforms import cuts
 from ctconvert.transforms.dense_fp import dense
+from ctconvert.transforms.dtypes import same_bits, spec_of
 
 GOLDEN = Path(__file__).parent / "golden" / "nvfp4_fp8.safetensors"
 NVFP4_MARLIN = {"bfloat16": MarlinNVFP4(), "float16": MarlinNVFP4Half()}

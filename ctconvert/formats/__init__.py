@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ctconvert.formats.base import Format, ModuleTensors
 from ctconvert.formats.mxfp4 import MXFP4Packed
+from ctconvert.formats.mxfp8 import MXFP8Quantized
+from ctconvert.formats.nvfp4 import NVFP4Packed
 from ctconvert.formats.pack_quantized import PackQuantized
 from ctconvert.formats.quantized import FloatQuantized, IntQuantized, NaiveQuantized
 from ctconvert.formats.sparse24_bitmask import Sparse24Bitmask
@@ -15,6 +17,8 @@ FORMATS: tuple[Format, ...] = (
     FloatQuantized(),
     NaiveQuantized(),
     MXFP4Packed(),
+    NVFP4Packed(),
+    MXFP8Quantized(),
     Sparse24Bitmask(),
 )
 
@@ -25,9 +29,7 @@ UNREAD: dict[str, str] = {
     "sparse-bitmask": "format sparse-bitmask is unstructured sparsity, which no kernel layout "
     "takes",
     "marlin-24": "format marlin-24 is already a kernel layout, of a kernel that no longer exists",
-    "nvfp4-pack-quantized": "no layout takes NVFP4 yet; vLLM reads it directly",
     "mxfp6-pack-quantized": "no layout takes MXFP6 yet",
-    "mxfp8-quantized": "no layout takes MXFP8 yet; vLLM reads it directly",
 }
 
 __all__ = ["FORMATS", "UNREAD", "Format", "ModuleTensors", "get"]

@@ -74,6 +74,8 @@ METADATA_NAMES = frozenset(
         "output_scale",
         "input_zero_point",
         "output_zero_point",
+        "weight_global_scale",
+        "input_global_scale",
     }
 )
 

@@ -14,13 +14,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from ctconvert.formats.base import (
     Format,
     ModuleTensors,
     check_not_empty,
     decode_side,
     scale_spec,
-    storage_of,
+    weight_spec,
+    weights_of,
 )
 from ctconvert.formats.quantization import ModuleScheme
 from ctconvert.specs import QuantizedWeight, WeightSpec
@@ -36,27 +39,21 @@ class MXFP8Quantized(Format):
     weight_name = "weight"
 
     def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:
-        fields = storage_of(scheme, tensors)
-        if (fields["kind"], fields["bits"], fields["group_size"]) != ("float", 8, 32):
+        args = weights_of(scheme, tensors)
+        if (args.type, args.num_bits, args.group_size) != ("float", 8, 32):
             raise tensors.error(
-                f"the config says {fields['kind']}{fields['bits']} with group size "
-                f"{fields['group_size']}, which {self.name} does not store"
+                f"the config says {args.type}{args.num_bits} with group size {args.group_size}, "
+                f"which {self.name} does not store"
             )
-        if not fields["symmetric"]:
+        if not args.symmetric:
             raise tensors.error("FP8 codes have no zero points, but the config says asymmetric")
         n, k = tensors.check("weight", ("F8_E4M3",), rank=2).shape
         check_not_empty(tensors, n, k)
-        scale_dtype, scale_shape = scale_spec(tensors, fields, n, k, ("U8", "F8_E8M0"))
-        return WeightSpec(
-            format=self.name,
-            n=n,
-            k=k,
-            storage="plain",
-            element="F8_E4M3",
-            scale_dtype=scale_dtype,
-            scale_shape=scale_shape,
-            **fields | {"family": "mxfp8"},
+        scale = scale_spec(tensors, args, n, k, ("U8", "F8_E8M0"))
+        spec = weight_spec(
+            scheme, tensors, n=n, k=k, storage="plain", scale=scale, element="F8_E4M3"
         )
+        return replace(spec, family="mxfp8")
 
     def parameter_names(self, spec: WeightSpec) -> tuple[str, ...]:
         return ("weight", "weight_scale")

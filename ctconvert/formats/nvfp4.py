@@ -20,13 +20,16 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from ctconvert.formats.base import (
     Format,
     ModuleTensors,
     check_not_empty,
     decode_side,
     scale_spec,
-    storage_of,
+    weight_spec,
+    weights_of,
 )
 from ctconvert.formats.quantization import ModuleScheme
 from ctconvert.specs import Dtype, QuantizedWeight, WeightSpec
@@ -40,20 +43,20 @@ class NVFP4Packed(Format):
     weight_name = "weight_packed"
 
     def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:
-        fields = storage_of(scheme, tensors)
-        if (fields["kind"], fields["bits"], fields["group_size"]) != ("float", 4, 16):
+        args = weights_of(scheme, tensors)
+        if (args.type, args.num_bits, args.group_size) != ("float", 4, 16):
             raise tensors.error(
-                f"the config says {fields['kind']}{fields['bits']} with group size "
-                f"{fields['group_size']}, which {self.name} does not store"
+                f"the config says {args.type}{args.num_bits} with group size {args.group_size}, "
+                f"which {self.name} does not store"
             )
-        if not fields["symmetric"]:
+        if not args.symmetric:
             raise tensors.error("FP4 codes have no zero points, but the config says asymmetric")
         packed = tensors.check("weight_packed", ("U8",), rank=2)
         n, k = packed.shape[0], 2 * packed.shape[1]
         check_not_empty(tensors, n, k)
-        grouped = fields | {"strategy": "group"}
-        scale_dtype, scale_shape = scale_spec(tensors, grouped, n, k, ("F8_E4M3",))
-        side: list[tuple[str, Dtype]] = [*fields["side"]]
+        scale = scale_spec(tensors, replace(args, strategy="group"), n, k, ("F8_E4M3",))
+        spec = weight_spec(scheme, tensors, n=n, k=k, storage="packed", scale=scale)
+        side: list[tuple[str, Dtype]] = [*spec.side]
         if not _global_scale(tensors, "weight_global_scale"):
             raise tensors.error("weight_global_scale is 0; it is a divisor")
         side.append(("weight_global_scale", "F32"))
@@ -63,15 +66,7 @@ class NVFP4Packed(Format):
         needed = inputs is not None and inputs.dynamic == "local"
         if (there or needed) and _global_scale(tensors, "input_global_scale"):
             side.append(("input_global_scale", "F32"))
-        return WeightSpec(
-            format=self.name,
-            n=n,
-            k=k,
-            storage="packed",
-            scale_dtype=scale_dtype,
-            scale_shape=scale_shape,
-            **fields | {"side": tuple(side)},
-        )
+        return replace(spec, side=tuple(side))
 
     def parameter_names(self, spec: WeightSpec) -> tuple[str, ...]:
         names = ("weight_packed", "weight_scale", "weight_global_scale")

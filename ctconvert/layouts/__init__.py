@@ -8,11 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ctconvert.layouts.base import Layout
+from ctconvert.layouts.cpu import CPUW4A8, CPUW4A16, CPUInt8
 from ctconvert.layouts.cutlass_sparse24 import CutlassSparse24
 from ctconvert.layouts.gather import Gather
+from ctconvert.layouts.humming import Humming, HummingNVFP4
+from ctconvert.layouts.machete import Machete
 from ctconvert.layouts.marlin import Marlin, MarlinMXFP4
+from ctconvert.layouts.marlin_fp8 import MarlinFP8, MarlinFP8Half
+from ctconvert.layouts.marlin_mxfp8 import MarlinMXFP8
+from ctconvert.layouts.marlin_nvfp4 import MarlinNVFP4, MarlinNVFP4Half
+from ctconvert.layouts.nvfp4_cutlass import NVFP4Cutlass
 from ctconvert.layouts.scaled_mm import ScaledMM
 from ctconvert.layouts.triton_wna16 import TritonWNA16
+from ctconvert.layouts.w4a8_fp8 import W4A8FP8
 from ctconvert.layouts.xpu import XPUW4A8, XPUW4A16
 
 #: Every layout.
@@ -25,6 +33,19 @@ LAYOUTS: tuple[Layout, ...] = (
     XPUW4A8(),
     XPUW4A16(),
     Gather(),
+    Machete(),
+    Humming(),
+    HummingNVFP4(),
+    MarlinNVFP4(),
+    MarlinNVFP4Half(),
+    MarlinFP8(),
+    MarlinFP8Half(),
+    MarlinMXFP8(),
+    NVFP4Cutlass(),
+    W4A8FP8(),
+    CPUW4A16(),
+    CPUW4A8(),
+    CPUInt8(),
 )
 
 #: A target is an ordered preference: a module gets the first layout that supports it.

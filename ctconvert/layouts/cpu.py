@@ -32,7 +32,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs, weight_only
+from ctconvert.layouts.base import (
+    Layout,
+    decode_side,
+    encode_side,
+    packed_codes,
+    side_specs,
+    weight_only,
+)
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -96,7 +103,7 @@ class CPUW4A16(Layout):
 
         assert weight.scale is not None
         made = {
-            "qweight": cpu_w4a16_pack(weight.packed()),
+            "qweight": cpu_w4a16_pack(packed_codes(weight)),
             "scales": weight.scale.t().contiguous(),
         }
         if weight.zero_point is not None:
@@ -167,7 +174,7 @@ class CPUW4A8(Layout):
         if zeros is None:
             zeros = torch.full_like(weight.scale, 8, dtype=torch.uint8)
         return {
-            "qweight": cpu_w4a8_pack(weight.packed(), zeros),
+            "qweight": cpu_w4a8_pack(packed_codes(weight), zeros),
             "scales": cpu_w4a8_group_rows(weight.scale.to(torch.float32)),
             "qzeros": cpu_w4a8_group_rows(zeros.view(torch.int8)),
         } | encode_side(weight)
@@ -256,7 +263,7 @@ def _narrowed(scale: torch.Tensor, spec: WeightSpec, name: str) -> torch.Tensor:
     Raises:
         ValueError: one is not a value of it.
     """
-    from ctconvert.dtypes import same_bits, torch_dtype
+    from ctconvert.transforms.dtypes import same_bits, torch_dtype
 
     assert spec.scale_dtype is not None
     narrow = scale.to(torch_dtype(spec.scale_dtype))

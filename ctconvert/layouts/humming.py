@@ -32,7 +32,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs, weight_only
+from ctconvert.layouts.base import (
+    Layout,
+    decode_side,
+    encode_side,
+    packed_codes,
+    side_specs,
+    weight_only,
+)
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -91,7 +98,7 @@ class Humming(_Humming):
         assert weight.scale is not None
         scale = weight.scale.t().contiguous()
         made = {
-            "weight": humming.humming_pack(weight.packed(), spec.bits, scale.dtype),
+            "weight": humming.humming_pack(packed_codes(weight), spec.bits, scale.dtype),
             "weight_scale": humming.humming_permute_scales(scale),
         }
         if weight.zero_point is not None:
@@ -150,7 +157,7 @@ class HummingNVFP4(_Humming):
         assert weight.scale is not None
         scale = weight.scale.view(torch.uint8).t().contiguous()
         return {
-            "weight": humming.humming_pack(weight.packed(), 4, torch.bfloat16),
+            "weight": humming.humming_pack(packed_codes(weight), 4, torch.bfloat16),
             "weight_scale": humming.humming_permute_scales(scale).view(weight.scale.dtype),
             "weight_scale_2": humming.humming_global_scale(weight.side["weight_global_scale"]),
         } | encode_side(weight)
@@ -158,8 +165,8 @@ class HummingNVFP4(_Humming):
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
         import torch
 
-        from ctconvert.dtypes import same_bits
         from ctconvert.transforms import humming
+        from ctconvert.transforms.dtypes import same_bits
 
         side = decode_side(tensors, spec)
         factor = humming.humming_global_scale(side["weight_global_scale"])

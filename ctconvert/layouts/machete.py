@@ -23,7 +23,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs, weight_only
+from ctconvert.layouts.base import (
+    Layout,
+    decode_side,
+    encode_side,
+    packed_codes,
+    side_specs,
+    weight_only,
+)
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -81,7 +88,7 @@ class Machete(Layout):
         assert weight.scale is not None
         scales = weight.scale.t().contiguous()
         made = {
-            "qweight": machete.machete_pack(weight.packed(), weight.spec.bits),
+            "qweight": machete.machete_pack(packed_codes(weight), weight.spec.bits),
             "scales": scales,
         }
         if weight.zero_point is not None:
@@ -91,8 +98,8 @@ class Machete(Layout):
         return made | encode_side(weight)
 
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
-        from ctconvert.dtypes import same_bits
         from ctconvert.transforms import machete
+        from ctconvert.transforms.dtypes import same_bits
         from ctconvert.transforms.packed import unpack_int8
 
         codes = machete.machete_unpack(tensors["qweight"], spec.bits, spec.n, spec.k)

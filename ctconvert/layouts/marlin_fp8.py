@@ -47,7 +47,7 @@ class MarlinFP8(Layout):
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """The smallest N x K that the kernel's tiles fit, K a multiple of a scale block's."""
-        from ctconvert.transforms.marlin import marlin_padded_shape
+        from ctconvert.transforms.shapes import marlin_padded_shape
 
         n, k = marlin_padded_shape(spec.n, spec.k)
         if spec.block is not None and k % spec.block[1]:  # blocks of 128 only
@@ -87,7 +87,7 @@ class MarlinFP8(Layout):
     def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         import torch
 
-        from ctconvert.dtypes import torch_dtype
+        from ctconvert.transforms.dtypes import torch_dtype
         from ctconvert.transforms.fp8_marlin import fp8_marlin_scales
         from ctconvert.transforms.marlin import marlin_pack
 

@@ -36,7 +36,7 @@ class MarlinMXFP8(Layout):
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """The smallest N x K that the kernel's tiles fit: (64, 128) or (128, 64) at a time."""
-        from ctconvert.transforms.marlin import marlin_padded_shape
+        from ctconvert.transforms.shapes import marlin_padded_shape
 
         return marlin_padded_shape(spec.n, spec.k)
 

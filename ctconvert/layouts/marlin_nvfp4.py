@@ -36,7 +36,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from ctconvert.layouts.base import Layout
+from ctconvert.layouts.base import Layout, packed_codes
 from ctconvert.specs import Dtype, QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class MarlinNVFP4(Layout):
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """The smallest N x K that the kernel's tiles fit: (64, 128) or (128, 64) at a time."""
-        from ctconvert.transforms.marlin import marlin_padded_shape
+        from ctconvert.transforms.shapes import marlin_padded_shape
 
         return marlin_padded_shape(spec.n, spec.k)
 
@@ -83,8 +83,8 @@ class MarlinNVFP4(Layout):
         return specs | {name: one for name, _ in spec.side if name != "weight_global_scale"}
 
     def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        from ctconvert.dtypes import torch_dtype
         from ctconvert.transforms import nvfp4
+        from ctconvert.transforms.dtypes import torch_dtype
         from ctconvert.transforms.marlin import marlin_pack
 
         assert weight.scale is not None
@@ -94,7 +94,7 @@ class MarlinNVFP4(Layout):
         packed, lost = nvfp4.nvfp4_pack_scales(weight.scale, power)
         factor = nvfp4.nvfp4_global_scale(divisor, torch_dtype(self.dtype), power)
         return {
-            "weight": marlin_pack(weight.packed(), 4),
+            "weight": marlin_pack(packed_codes(weight), 4),
             "weight_scale": packed,
             "weight_scale_lost": lost,
             "weight_global_scale": factor,
@@ -104,8 +104,8 @@ class MarlinNVFP4(Layout):
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
         import torch
 
-        from ctconvert.dtypes import torch_dtype
         from ctconvert.transforms import nvfp4
+        from ctconvert.transforms.dtypes import torch_dtype
         from ctconvert.transforms.marlin import marlin_unpack
 
         divisor = tensors["weight_global_scale_source"]

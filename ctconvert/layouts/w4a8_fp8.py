@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ctconvert.layouts.base import Layout
+from ctconvert.layouts.base import Layout, packed_codes
 from ctconvert.specs import SCALE_DTYPES, QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -82,14 +82,14 @@ class W4A8FP8(Layout):
         assert weight.scale is not None
         scale, channel = w4a8_fp8_scales(weight.scale)
         return {
-            "weight": w4a8_fp8_pack(weight.packed()),
+            "weight": w4a8_fp8_pack(packed_codes(weight)),
             "weight_chan_scale": channel,
             "weight_scale": scale,
             "weight_scale_source": weight.scale.contiguous(),
         }
 
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
-        from ctconvert.dtypes import same_bits
+        from ctconvert.transforms.dtypes import same_bits
         from ctconvert.transforms.packed import unpack_int8
         from ctconvert.transforms.w4a8_fp8 import w4a8_fp8_scales, w4a8_fp8_unpack
 

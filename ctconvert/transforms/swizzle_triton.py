@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ctconvert.device import on_device
+from ctconvert.transforms.device import on_device
 
 # Tiles of a program, and its warps.
 _TILES = (16, 4)

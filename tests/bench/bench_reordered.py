@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from ctconvert.device import synchronize
 from ctconvert.transforms import cpu, humming, machete, w4a8_fp8
+from ctconvert.transforms.device import synchronize
 
 Pair = tuple[str, torch.Tensor, Callable[[torch.Tensor], torch.Tensor], Callable]
 

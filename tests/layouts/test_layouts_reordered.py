@@ -10,13 +10,13 @@ import torch
 from msgspec.structs import replace
 from safetensors.torch import load_file
 
-from ctconvert.dtypes import same_bits, spec_of, torch_dtype
 from ctconvert.layouts.base import Layout
 from ctconvert.layouts.cpu import CPUW4A8, CPUW4A16, CPUInt8
 from ctconvert.layouts.humming import Humming, HummingNVFP4
 from ctconvert.layouts.machete import Machete
 from ctconvert.layouts.w4a8_fp8 import ACTIVATIONS, W4A8FP8
 from ctconvert.specs import QuantizedWeight, WeightSpec
+from ctconvert.transforms.dtypes import same_bits, spec_of, torch_dtype
 from ctconvert.transforms.packed import pack
 
 GOLDEN = Path(__file__).parent.parent / "golden"

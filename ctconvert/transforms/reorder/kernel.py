@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ctconvert.device import on_device
+from ctconvert.transforms.device import on_device
 from ctconvert.transforms.reorder import FIELDS, Order
 
 
