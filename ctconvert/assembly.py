@@ -88,9 +88,15 @@ def widths(assembly: Assembly, specs: Sequence[WeightSpec]) -> tuple[int, ...]:
     if isinstance(assembly, Stack):
         return widths(assembly.parts[0], specs)
     inner = widths(assembly.part, specs)
-    if isinstance(assembly, Slice) and assembly.axis == "n":
-        return tuple(width // assembly.ranks for width in inner)
-    return inner
+    if not isinstance(assembly, Slice) or assembly.axis == "k":
+        return inner
+    share = sum(inner) // assembly.ranks
+    start, stop = assembly.rank * share, (assembly.rank + 1) * share
+    found, first = [], 0
+    for width in inner:  # what of each part lies between start and stop
+        found.append(min(first + width, stop) - max(first, start))
+        first += width
+    return tuple(width for width in found if width > 0)
 
 
 def unpadded(assembly: Assembly, specs: Sequence[WeightSpec]) -> WeightSpec:
@@ -121,6 +127,8 @@ def assembled(assembly: Assembly, specs: Sequence[WeightSpec]) -> WeightSpec:
     inner = assembled(assembly.part, specs)
     if isinstance(assembly, Pad):
         return padded(inner, assembly.n, assembly.k)
+    if isinstance(assembly.part, Pad):
+        raise ValueError("what is padded cannot be cut: cut first, then pad")
     support = can_cut(inner, assembly.axis, assembly.ranks)
     if not support:
         raise ValueError(support.reason)

@@ -80,8 +80,7 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
                 f"{FORMAT_VERSION}; use the ctconvert that wrote it, or convert the source again"
             )
         digest = head.manifest_sha256
-        blank = data.replace(digest.encode(), _BLANK.encode())
-        if len(digest) != 64 or hashlib.sha256(blank).hexdigest() != digest:
+        if len(digest) != 64 or _own_hash(data, digest) != digest:
             raise VerificationError(f"{where}: damaged: its contents do not match its own hash")
         manifest = from_json(data, cls, where)
         if wrong := _contradiction(manifest):
@@ -98,6 +97,11 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
     @cached_property
     def file_records(self) -> dict[str, FileRecord]:
         return {record.name: record for record in self.files}
+
+
+def _own_hash(data: bytes, digest: str) -> str:
+    """The hash of a manifest's bytes with its own hash left blank."""
+    return hashlib.sha256(data.replace(digest.encode(), _BLANK.encode())).hexdigest()
 
 
 class _Head(Struct):

@@ -440,31 +440,34 @@ class _Nowhere:
         pass
 
 
-def test_jobs_reserve_what_they_take(place: Place) -> None:
-    """With room for one module at a time, eight threads never work on two."""
+@pytest.mark.parametrize(("room", "wanted"), [(1.9, 1), (4.1, 4)])
+def test_jobs_reserve_what_they_take(place: Place, room: float, wanted: int) -> None:
+    """As many modules are worked on at once as there is room for, whatever the threads."""
     plan = plan_of(LocalStore(place.model))
     assert budget(plan) > max(item_bytes(item) for item in plan.items)
     (size,) = {item_bytes(module) for module in plan.modules}
-    at_once = 0
-    most: list[int] = []
+    lock, enough = threading.Lock(), threading.Event()
+    reading: list[int] = [0]
 
     class Store(WatchedStore):
-        """Jobs read while they hold their bytes."""
+        """Jobs read while they hold their bytes; they wait here for one another."""
 
         def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-            nonlocal at_once
-            at_once += 1
-            most.append(at_once)
+            with lock:
+                reading.append(reading[-1] + 1)
+                if reading[-1] == wanted:
+                    enough.set()
+            assert enough.wait(30)
             time.sleep(0.001)
             super().read_into(name, offset, buffer)
-            at_once -= 1
+            with lock:
+                reading.append(reading[-1] - 1)
 
+    store = Store(LocalStore(place.model))
+    context = Context(store, _Nowhere(), memory=int(room * size))
     jobs = [ConvertJob(item) for item in plan.modules]
-    for memory, threads in ((2 * size - 1, 1), (8 * size, 4)):
-        most.clear()
-        context = Context(Store(LocalStore(place.model)), _Nowhere(), memory=memory)
-        assert len(list(Threads(4).run(jobs, context))) == len(jobs)
-        assert max(most) == threads
+    assert len(list(Threads(6).run(jobs, context))) == len(jobs)
+    assert max(reading) == wanted
 
 
 def test_a_large_side_file_is_copied_in_pieces(place: Place) -> None:
