@@ -113,7 +113,7 @@ class MarlinFP8(Layout):
 
         scale = tensors.get("weight_scale_source")
         if scale is None:
-            scale = fp8_marlin_scales_back(tensors["weight_scale"], _rows(spec))
+            scale = fp8_marlin_scales_back(tensors["weight_scale"], _rows(spec)).contiguous()
         words = marlin_unpack(tensors["weight"], 8, spec.n, spec.k)
         return QuantizedWeight(
             spec,

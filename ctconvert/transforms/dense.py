@@ -25,6 +25,10 @@ def dense_weight(weight: QuantizedWeight) -> torch.Tensor:
         exponent = weight.scale.view(torch.uint8).to(torch.int32) - 127
         scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
         return table[codes.long()] * scale.repeat_interleave(32, 1)
+    if spec.family == "nvfp4":
+        return _dense_nvfp4(weight)
+    if spec.family == "mxfp8":
+        return _dense_mxfp8(weight)
     offset = 1 << (spec.bits - 1)
     if spec.storage == "packed":
         values = unpack(weight.codes, spec.bits, spec.k, spec.packing).float() - offset
@@ -45,3 +49,20 @@ def dense_weight(weight: QuantizedWeight) -> torch.Tensor:
     if spec.block is not None:
         scale = scale.repeat_interleave(spec.block[0], 0)[: spec.n]
     return values * scale
+
+
+def _dense_nvfp4(weight: QuantizedWeight) -> torch.Tensor:
+    """``code * (scale / global scale)``, the quotient and the product rounded once each."""
+    codes = weight.codes.contiguous().view(torch.uint8).to(torch.int64)
+    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=codes.device)
+    values = torch.stack((table[codes & 15], table[codes >> 4]), 2).flatten(1)
+    assert weight.scale is not None
+    scale = weight.scale.float() / weight.side["weight_global_scale"]
+    return values * scale.repeat_interleave(16, 1)
+
+
+def _dense_mxfp8(weight: QuantizedWeight) -> torch.Tensor:
+    """``code * 2**(byte - 127)``: exact but for overflow."""
+    assert weight.scale is not None
+    exponent = weight.scale.view(torch.uint8).to(torch.int32) - 127
+    return torch.ldexp(weight.codes.float(), exponent.repeat_interleave(32, 1))

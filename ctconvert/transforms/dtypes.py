@@ -49,11 +49,19 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError("only contiguous CPU tensors have bytes to write")
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    return _flat(tensor).numpy().data
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, u8 1-D."""
+    flat = tensor.reshape(-1)
+    if flat.stride(0) != 1:  # one element can have any stride, and torch calls it contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have one dtype, shape and bit pattern (NaN and -0.0 included)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return torch.equal(_flat(a), _flat(b))

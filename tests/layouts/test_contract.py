@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.block_floats import mxfp8, mxfp8_group, nvfp4, nvfp4_group
 from support.builders import (
     DYNAMIC_INT8,
     STATIC_INT8,
@@ -60,6 +61,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         weights(8, None) | {"inputs": STATIC_INT8, "outputs": STATIC_INT8},
         weights(4, 32) | {"inputs": DYNAMIC_INT8},
         weights(2, 32) | {"inputs": STATIC_INT8},
+        weights(4, 128) | {"inputs": DYNAMIC_INT8 | {"type": "float"}},
     ],
     "float-quantized": [
         weights(8, None, kind="float"),
@@ -70,6 +72,14 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "mxfp4-pack-quantized": [
         weights(4, 32, kind="float"),
         weights(4, 32, kind="float") | {"inputs": weight_args(4, 32, kind="float", dynamic=True)},
+    ],
+    "nvfp4-pack-quantized": [
+        {"weights": nvfp4_group()["weights"], "inputs": nvfp4_group()["input_activations"]},
+        {"weights": nvfp4_group(inputs=False)["weights"]},
+    ],
+    "mxfp8-quantized": [
+        {"weights": mxfp8_group()["weights"]},
+        {"weights": mxfp8_group()["weights"], "inputs": mxfp8_group(True)["input_activations"]},
     ],
     "sparse-24-bitmask": [
         {"weights": None},
@@ -84,15 +94,26 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         weights(8, None, kind="float") | {"inputs": DYNAMIC_INT8 | {"type": "float"}},
     ],
 }
+#: Only parts with equal ones are joined.
+SHARED = ("input_scale", "output_scale", "weight_global_scale", "input_global_scale")
 #: N x K: some fit every kernel's tiles, others none; each is joined with a weight of N + 64 rows.
 SHAPES = ((192, 256), (72, 160), (128, 384))
 #: An embedding table and a linear layer, by name: a checkpoint has no classes.
 KINDS = {"linear": "down_proj", "embedding": "embed_tokens"}
+
+
+def fits(example: dict[str, Any], k: int) -> bool:
+    """Whether groups are whole."""
+    size = (example["weights"] or {}).get("group_size")
+    return not size or k % size == 0
+
+
 CASES = [
     pytest.param(name, index, n, k, id=f"{name}-{index}-{n}x{k}")
     for name, examples in EXAMPLES.items()
     for index in range(len(examples))
     for n, k in SHAPES
+    if fits(examples[index], k)
 ]
 
 
@@ -105,10 +126,15 @@ def made(
     sparse = name == "sparse-24-bitmask"
     tensors: dict[str, torch.Tensor] = {}
     for parent, rows in (("a", n), ("b", n + 64)):
-        build = sparse24 if sparse else quantised
-        for local, tensor in build(rows, k, group, rows).items():
+        if name == "nvfp4-pack-quantized":
+            found = nvfp4(rows, k, rows, inputs=bool(group["input_activations"]))
+        elif name == "mxfp8-quantized":
+            found = mxfp8(rows, k, rows)
+        else:
+            found = (sparse24 if sparse else quantised)(rows, k, group, rows)
+        for local, tensor in found.items():
             tensors[f"{parent}.{KINDS[kind]}.{local}"] = tensor
-    for local in ("input_scale", "output_scale"):  # only parts with equal ones are joined
+    for local in SHARED:
         if f"a.{KINDS[kind]}.{local}" in tensors:
             tensors[f"b.{KINDS[kind]}.{local}"] = tensors[f"a.{KINDS[kind]}.{local}"].clone()
     config = config_of(*[group] * (group["weights"] is not None), ignore=[])
@@ -205,16 +231,18 @@ def test_refuses_or_round_trips(name: str, index: int, n: int, k: int) -> None:
 def test_every_layout_takes_something(layout: Layout) -> None:
     """A layout that refuses every example would pass the test above without doing anything."""
     assert any(
-        layout.supports(assembled(Part(0), [made(name, index, *SHAPES[0], kind)[0][0].weight]))
+        layout.supports(assembled(Part(0), [made(name, index, *shape, kind)[0][0].weight]))
         for name, examples in EXAMPLES.items()
         for index in range(len(examples))
         for kind in KINDS
+        for shape in SHAPES
+        if fits(examples[index], shape[1])
     )
 
 
 def test_the_targets_name_layouts() -> None:
     known = {layout.name for layout in LAYOUTS}
-    assert known == {name for names in TARGETS.values() for name in names}
+    assert known >= {name for names in TARGETS.values() for name in names}
 
 
 def test_specs_know_their_size() -> None:

@@ -105,8 +105,6 @@ def test_dense_weights_of_other_classes_are_copied() -> None:
 
 
 UNREAD = {
-    "nvfp4-pack-quantized": (weight_args(4, 16, kind="float", strategy="tensor_group"), "NVFP4"),
-    "mxfp8-quantized": (weight_args(8, 32, kind="float"), "MXFP8"),
     "marlin-24": (weight_args(4, 128), "marlin-24"),
 }
 
@@ -114,8 +112,6 @@ UNREAD = {
 @pytest.mark.parametrize("name", UNREAD)
 def test_formats_without_a_layout_are_recognised_and_refused(name: str) -> None:
     weights, word = UNREAD[name]
-    if name.startswith("nvfp4"):
-        weights["group_size"] = 16
     group = group_config(weights, format=name)
     tensors = {
         "a.down_proj.weight_packed": torch.zeros(64, 16, dtype=torch.uint8),

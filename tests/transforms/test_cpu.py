@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from naive import GOLDEN, codes_of, placed, random_words, words_of
 from safetensors.torch import load_file
+from support.naive import GOLDEN, codes_of, placed, random_words, words_of
 
 from ctconvert.transforms.cpu import (
     cpu_int8_pack,
@@ -19,7 +19,7 @@ from ctconvert.transforms.cpu import (
     cpu_w4a16_unpack,
 )
 
-pytest_plugins = ("transform_paths",)
+pytest_plugins = ("support.transform_paths",)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 VECTORS = GOLDEN / "cpu_layouts.safetensors"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from naive import GOLDEN, codes_of, random_words, words_of
 from safetensors.torch import load_file
+from support.naive import GOLDEN, codes_of, random_words, words_of
 
 from ctconvert.transforms.humming import (
     humming_global_scale,
@@ -21,7 +21,7 @@ from ctconvert.transforms.humming import (
 from ctconvert.transforms.packed import unpack
 from ctconvert.transforms.recode import humming_bytes, restore_bytes
 
-pytest_plugins = ("transform_paths",)
+pytest_plugins = ("support.transform_paths",)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 BF16 = torch.bfloat16

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from naive import GOLDEN, bit, codes_of, placed, random_words, words_of
 from safetensors.torch import load_file
+from support.naive import GOLDEN, bit, codes_of, placed, random_words, words_of
 
 from ctconvert.transforms.machete import (
     check_shape,
@@ -16,7 +16,7 @@ from ctconvert.transforms.machete import (
     machete_zero_points,
 )
 
-pytest_plugins = ("transform_paths",)
+pytest_plugins = ("support.transform_paths",)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 BLOCK = {

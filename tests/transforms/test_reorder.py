@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from naive import random_words
+from support.naive import random_words
 
 from ctconvert.transforms import cpu, machete, w4a8_fp8
 from ctconvert.transforms.reorder import Order, blocks
 
-pytest_plugins = ("transform_paths",)
+pytest_plugins = ("support.transform_paths",)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 ORDERS: dict[str, Callable[[int, int], Order]] = {

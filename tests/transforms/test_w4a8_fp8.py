@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from naive import GOLDEN, codes_of, placed, random_words, words_of
 from safetensors.torch import load_file
+from support.naive import GOLDEN, codes_of, placed, random_words, words_of
 
 from ctconvert.transforms.w4a8_fp8 import w4a8_fp8_pack, w4a8_fp8_scales, w4a8_fp8_unpack
 
-pytest_plugins = ("transform_paths",)
+pytest_plugins = ("support.transform_paths",)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 CASES = ((128, 128), (256, 512), (384, 256))

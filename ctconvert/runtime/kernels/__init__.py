@@ -5,6 +5,7 @@ To add a kernel: a folder here with its :class:`Kernel` record, and a line in :d
 
 from __future__ import annotations
 
+from ctconvert.errors import UsageError
 from ctconvert.runtime.kernels.base import Binding, Kernel
 from ctconvert.runtime.kernels.gather.kernel import GATHER
 from ctconvert.runtime.kernels.marlin.kernel import MARLIN
@@ -33,9 +34,12 @@ def get(layout: str) -> Kernel:
     """The kernel of the layout of that name.
 
     Raises:
-        KeyError: there is none.
+        UsageError: there is none.
     """
     for kernel in KERNELS:
         if kernel.layout == layout:
             return kernel
-    raise KeyError(layout)
+    raise UsageError(
+        f"there is no kernel for layout {layout} here: a serving engine runs it, and `ctconvert "
+        "verify --against MODEL` proves it"
+    )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ctconvert.transforms.reorder import FIELDS, Order
+from ctconvert.transforms.reorder.order import FIELDS, Order
 
 # Torch runs an op of at most this many elements in the calling thread (its GRAIN_SIZE). Every op
 # on a block stays under it, so that callers on several threads never wait for one another.

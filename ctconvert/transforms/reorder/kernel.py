@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ctconvert.transforms.device import on_device
-from ctconvert.transforms.reorder import FIELDS, Order
+from ctconvert.transforms.reorder.order import FIELDS, Order
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ctconvert.transforms import swizzle
 from ctconvert.transforms.swizzle import swizzle_scales, unswizzle_scales
 
-GOLDEN = Path(__file__).parent / "golden" / "nvfp4_fp8.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "nvfp4_fp8.safetensors"
 CASES = [(128, 4), (200, 6), (384, 24), (64, 16)]
 SHAPES = [(1, 1), (128, 4), (129, 5), (200, 66), (31, 3), (384, 8), (256, 130)]
 

@@ -22,7 +22,7 @@ from ctconvert.transforms.nvfp4 import (
     untile_scales,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "nvfp4_fp8.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "nvfp4_fp8.safetensors"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 GROUPED = [i + 8 * j for i in range(8) for j in range(8)]
 ORDER = [GROUPED[at + p] for at in range(0, 64, 4) for p in (0, 2, 1, 3)]

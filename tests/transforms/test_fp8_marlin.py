@@ -12,7 +12,7 @@ from ctconvert.transforms.fp8_marlin import fp8_marlin_scales, fp8_marlin_scales
 from ctconvert.transforms.marlin import marlin_pack, marlin_unpack
 from ctconvert.transforms.nvfp4 import tile_scales, untile_scales
 
-GOLDEN = Path(__file__).parent / "golden" / "nvfp4_fp8.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "nvfp4_fp8.safetensors"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 POWERS = {torch.bfloat16: 120, torch.float16: 8}
 GROUPED = [i + 8 * j for i in range(8) for j in range(8)]

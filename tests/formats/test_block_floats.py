@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from block_floats import (
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from msgspec.structs import replace
+from support.block_floats import (
     described,
     fp8_weight,
     mxfp8,
@@ -14,14 +17,11 @@ from block_floats import (
     nvfp4_group,
     nvfp4_weight,
 )
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationScheme
-from msgspec.structs import replace
 
 from ctconvert.errors import BadInputError
 from ctconvert.formats.mxfp8 import MXFP8Quantized
 from ctconvert.formats.nvfp4 import NVFP4Packed
-from ctconvert.transforms.dense_fp import dense
+from ctconvert.transforms.dense import dense_weight
 from ctconvert.transforms.dtypes import same_bits
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -48,7 +48,7 @@ def test_nvfp4_is_what_the_producer_reads(inputs: bool) -> None:
     compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
     scheme = QuantizationScheme.model_validate(nvfp4_group(inputs))
     wanted = compressor.decompress(dict(tensors), scheme)["weight"]
-    assert torch.equal(dense(weight).to(wanted.dtype), wanted)
+    assert torch.equal(dense_weight(weight).to(wanted.dtype), wanted)
     assert wanted.abs().max() > 0
     for name, tensor in NVFP4Packed().encode(weight).items():
         assert same_bits(tensor, tensors[name])
@@ -57,7 +57,7 @@ def test_nvfp4_is_what_the_producer_reads(inputs: bool) -> None:
 def test_nvfp4_element_by_element() -> None:
     tensors = nvfp4(16, 32)
     weight = described(NVFP4Packed(), nvfp4_group(), tensors)
-    made, divisor = dense(weight), tensors["weight_global_scale"]
+    made, divisor = dense_weight(weight), tensors["weight_global_scale"]
     scales = tensors["weight_scale"].view(torch.uint8)
     for n in range(16):
         for k in range(32):
@@ -136,9 +136,9 @@ def test_mxfp8_is_what_the_producer_reads(inputs: bool) -> None:
     compressor = BaseCompressor.get_value_from_registry("mxfp8-quantized")
     scheme = QuantizationScheme.model_validate(mxfp8_group(inputs))
     wanted = compressor.decompress(dict(tensors), scheme)["weight"]
-    assert torch.equal(dense(weight), wanted.float())
+    assert torch.equal(dense_weight(weight), wanted.float())
     codes, scales = tensors["weight"].view(torch.uint8), tensors["weight_scale"]
-    made = dense(weight)
+    made = dense_weight(weight)
     for n in range(0, 48, 7):
         for k in range(96):
             value = e4m3(int(codes[n, k])) * 2.0 ** (int(scales[n, k // 32]) - 127)
@@ -152,7 +152,9 @@ def test_mxfp8_scales_may_be_a_float_dtype() -> None:
     floats = tensors | {"weight_scale": tensors["weight_scale"].view(torch.float8_e8m0fnu)}
     weight = described(MXFP8Quantized(), mxfp8_group(), floats)
     assert weight.spec.scale_dtype == "F8_E8M0"
-    assert torch.equal(dense(weight), dense(described(MXFP8Quantized(), mxfp8_group(), tensors)))
+    assert torch.equal(
+        dense_weight(weight), dense_weight(described(MXFP8Quantized(), mxfp8_group(), tensors))
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,9 +196,9 @@ def test_mxfp8_refuses_other_schemes() -> None:
 def test_dense_fp8() -> None:
     for weight in (fp8_weight(48, 80), fp8_weight(48, 80, strategy="tensor")):
         assert weight.scale is not None
-        assert torch.equal(dense(weight), weight.codes.float() * weight.scale.float())
+        assert torch.equal(dense_weight(weight), weight.codes.float() * weight.scale.float())
     weight = fp8_weight(200, 300, strategy="block", block_structure=[128, 128])
-    made = dense(weight)
+    made = dense_weight(weight)
     assert weight.scale is not None
     for n, k in ((0, 0), (127, 127), (128, 128), (199, 299), (5, 256)):
         scale = weight.scale[n // 128, k // 128].float()
@@ -210,4 +212,4 @@ def test_families_are_told_apart() -> None:
     weight = fp8_weight(16, 32)
     weight.spec = replace(weight.spec, family="other")
     with pytest.raises(ValueError, match="family other"):
-        dense(weight)
+        dense_weight(weight)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from builders import group_config, quantised, weight_args
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 
@@ -13,9 +12,11 @@ from ctconvert.formats.base import Format, ModuleTensors
 from ctconvert.formats.mxfp8 import MXFP8Quantized
 from ctconvert.formats.nvfp4 import NVFP4Packed
 from ctconvert.formats.quantization import ModuleScheme
+from ctconvert.formats.quantization.reading import read_group
 from ctconvert.formats.quantized import FloatQuantized
 from ctconvert.specs import QuantizedWeight
 from ctconvert.transforms.dtypes import spec_of
+from support.builders import group_config, quantised, weight_args
 
 Tensors = dict[str, torch.Tensor]
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
@@ -88,7 +89,7 @@ def described(
     }
     headers = {name: spec_of(tensor) for name, tensor in tensors.items()}
     module = ModuleTensors("m", headers, embedding, (0, 20), values)
-    scheme = ModuleScheme(handler.name, QuantizationScheme.model_validate(group), "Linear")
+    scheme = ModuleScheme(handler.name, read_group("group_0", group), "Linear")
     return handler.decode(tensors, handler.spec(module, scheme))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def random_words(n: int, k: int, bits: int, seed: int = 0) -> torch.Tensor:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from block_floats import (
+from msgspec.structs import replace
+from safetensors.torch import load_file
+from support.block_floats import (
     FP8,
     STATIC_FP8,
     described,
@@ -19,9 +21,7 @@ from block_floats import (
     nvfp4_group,
     nvfp4_weight,
 )
-from builders import quantised
-from msgspec.structs import replace
-from safetensors.torch import load_file
+from support.builders import quantised
 
 from ctconvert.assembly import padded
 from ctconvert.formats.mxfp8 import MXFP8Quantized
@@ -34,10 +34,10 @@ from ctconvert.layouts.marlin_nvfp4 import MarlinNVFP4, MarlinNVFP4Half
 from ctconvert.layouts.nvfp4_cutlass import NVFP4Cutlass
 from ctconvert.specs import QuantizedWeight
 from ctconvert.transforms import cuts
-from ctconvert.transforms.dense_fp import dense
+from ctconvert.transforms.dense import dense_weight
 from ctconvert.transforms.dtypes import same_bits, spec_of
 
-GOLDEN = Path(__file__).parent / "golden" / "nvfp4_fp8.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "nvfp4_fp8.safetensors"
 NVFP4_MARLIN = {"bfloat16": MarlinNVFP4(), "float16": MarlinNVFP4Half()}
 FP8_MARLIN = {"bfloat16": MarlinFP8(), "float16": MarlinFP8Half()}
 
@@ -82,7 +82,7 @@ def round_trip(weight: QuantizedWeight, layout: Layout) -> dict[str, torch.Tenso
 
 def near(y: torch.Tensor, x: torch.Tensor, weight: QuantizedWeight) -> None:
     """The real kernel's output is that of the dense weight, to the rounding of its dtype."""
-    wanted = x.double() @ dense(weight).double().t()
+    wanted = x.double() @ dense_weight(weight).double().t()
     assert (y.double() - wanted).norm() < 4e-3 * wanted.norm()
 
 
