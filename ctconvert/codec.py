@@ -145,6 +145,10 @@ def decode(item: Convert, unit: int, read: Read, device: torch.device) -> list[F
     recipe = item.recipe
     layout = find_layout(item.name, recipe.layout, recipe.layout_version)
     tensors = {local: read(entry).to(device) for local, entry in item.locals(unit).items()}
+    if not (support := layout.supports(item.logical)):
+        raise VerificationError(
+            f"module {item.name}: {layout.name} cannot hold it: {support.reason}"
+        )
     wanted = layout.output_specs(recipe.weight)
     if tensors.keys() != wanted.keys():
         raise VerificationError(

@@ -92,7 +92,7 @@ def test_a_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 class Mirrored(Format):
     """INT8 with its columns in the opposite order, under a name that no format here has."""
 
-    name = "mxfp8-quantized"
+    name = "marlin-24"
     weight_name = "weight_mirrored"
 
     def spec(self, tensors: ModuleTensors, scheme: ModuleScheme) -> WeightSpec:

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from ctconvert.assembly import leaves
+from ctconvert.assembly import assembled, leaves
 from ctconvert.errors import VerificationError
 from ctconvert.records.border import Sha256, from_json, to_json
 from ctconvert.records.plan import Convert, Plan, Restore
-from ctconvert.specs import Size
+from ctconvert.specs import Size, WeightSpec
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import MANIFEST
 
@@ -142,6 +142,26 @@ def _contradiction(manifest: Manifest) -> str | None:
     return None
 
 
+def _wrong_weight(spec: WeightSpec) -> str | None:
+    """The first place where the fields of a weight's spec do not fit each other."""
+    rows, columns = spec.block or (1, 1)
+    shapes = {
+        None: None,
+        "tensor": (1, 1),
+        "channel": (spec.n, 1),
+        "block": (-(-spec.n // rows), -(-spec.k // columns)),
+    }
+    if spec.strategy in ("group", "tensor_group"):
+        if spec.group_size is None or spec.k % spec.group_size:
+            return f"its group size is {spec.group_size} and K is {spec.k}"
+        shapes[spec.strategy] = (spec.n, spec.k // spec.group_size)
+    if spec.strategy not in shapes or spec.scale_shape != shapes[spec.strategy]:
+        return f"its scale is {spec.scale_shape}, which strategy {spec.strategy} does not have"
+    if (spec.scale_dtype is None) != (spec.scale_shape is None):
+        return "it has a scale without a dtype, or a dtype without a scale"
+    return None
+
+
 def _wrong_module(module: Convert) -> str | None:
     if not module.sources or not module.units:
         return "it is made of nothing"
@@ -151,8 +171,12 @@ def _wrong_module(module: Convert) -> str | None:
         count = module.sources[part.source].experts
         if (count is None) != (part.expert is None) or (part.expert or 0) >= (count or 1):
             return f"its assembly names expert {part.expert} of {count}"
+    for source in module.sources:
+        if wrong := _wrong_weight(source.weight):
+            return f"{source.name}: {wrong}"
     try:
-        module.logical  # noqa: B018 (computed to see that it can be)
+        if assembled(module.recipe.assembly, module.specs) != module.recipe.weight:
+            return "its assembly makes another weight than its recipe says"
     except ValueError as error:
         return str(error)
     for source in module.sources:

@@ -150,7 +150,7 @@ def parse_header(text: bytes, size: int, file: str, where: str) -> Header:
         raise BadInputError(f"{where}: the header is not valid JSON ({error})") from None
     try:
         metadata = {} if raw_metadata is None else _METADATA.decode(raw_metadata) or {}
-    except msgspec.DecodeError as error:
+    except ValueError as error:  # names that are not UTF-8 among them
         raise BadInputError(f"{where}: the header's __metadata__: {error}") from None
     start, data = 8 + len(text), size - 8 - len(text)
     specs: dict[tuple[str, tuple[int, ...]], TensorSpec] = {}
@@ -187,7 +187,7 @@ def _parse_entry(
 ) -> TensorEntry:
     try:
         entry = _ENTRY.decode(raw)
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise BadInputError(f"{where}: tensor {name}: its header entry: {error}") from None
     begin, end = entry.data_offsets
     if begin > end:

@@ -1,6 +1,6 @@
 """Damaged and hostile files: whatever they hold, only ctconvert's own errors come out, soon.
 
-``CTCONVERT_FUZZ=10000 pytest tests/fuzz`` tries ten thousand inputs of each kind instead of the
+``CTCONVERT_FUZZ=10000 pytest --timeout 0 tests/fuzz`` tries ten thousand inputs of each kind instead of the
 few hundred of every run, and other ones every time.
 """
 

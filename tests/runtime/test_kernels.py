@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from ctconvert.layouts import LAYOUTS
+from ctconvert.errors import UsageError
+from ctconvert.layouts import TARGETS
 from ctconvert.runtime import kernels
 from ctconvert.runtime.kernels.fake_quant.kernel import fake_quant_int8
 from ctconvert.runtime.kernels.gather.kernel import embedding_gather
@@ -24,12 +25,16 @@ from ctconvert.runtime.kernels.wna16.kernel import wna16_gemm
 from ctconvert.runtime.kernels.xpu.kernel import int4_gemm_w4a8, int4_gemm_w4a16
 
 
-def test_every_layout_has_one_kernel() -> None:
-    assert sorted(kernel.layout for kernel in kernels.KERNELS) == sorted(x.name for x in LAYOUTS)
-    for layout in LAYOUTS:
-        assert kernels.get(layout.name).layout == layout.name
-    with pytest.raises(KeyError):
-        kernels.get("no-such-layout")
+def test_what_a_target_prefers_has_one_kernel() -> None:
+    found = [kernel.layout for kernel in kernels.KERNELS]
+    assert sorted(found) == sorted({name for names in TARGETS.values() for name in names})
+    for layout in found:
+        assert kernels.get(layout).layout == layout
+
+
+def test_a_layout_without_a_kernel_is_no_pass() -> None:
+    with pytest.raises(UsageError, match="no kernel for layout machete here"):
+        kernels.get("machete")
 
 
 def test_importing_the_registry_is_light() -> None:
