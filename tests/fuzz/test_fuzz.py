@@ -1,7 +1,7 @@
 """Damaged and hostile files: whatever they hold, only ctconvert's own errors come out, soon.
 
-``CTCONVERT_FUZZ=10000 pytest --timeout 0 tests/fuzz`` tries ten thousand inputs of each kind instead
-of the few hundred of every run, and other ones every time.
+``CTCONVERT_FUZZ=10000 pytest --timeout 0 tests/fuzz`` tries ten thousand inputs of each kind
+instead of the few hundred of every run, and other ones every time.
 """
 
 from __future__ import annotations
