@@ -49,7 +49,7 @@ def collapse(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...
         text = pattern
         for values in zip(*rows_of, strict=True):
             distinct = sorted(set(values))
-            whole = distinct == list(range(distinct[0], distinct[-1] + 1))
+            whole = len(distinct) == distinct[-1] - distinct[0] + 1
             span = f"{distinct[0]}-{distinct[-1]}" if whole else ",".join(map(str, distinct[:8]))
             span += "" if whole or len(distinct) <= 8 else ",..."
             one = str(distinct[0])

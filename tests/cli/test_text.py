@@ -106,3 +106,8 @@ def test_wide_characters_stay_in_their_column() -> None:
     found = lines([["模型", "b"], ["x", "c"], ["e\u0301", "d"]])
     assert [cells(line[:-1]) for line in found] == [6, 6, 6]
     assert lines([["模型模型模型", "b"]], 11) == ["模型模型  b", "模型"]
+
+
+def test_numbers_far_apart_are_not_counted_through() -> None:
+    rows = [(f"model.layers.{number}.q_proj", ("int4",)) for number in (0, 1, 999_999_999)]
+    assert collapse(rows) == [("model.layers.{0,1,999999999}.q_proj", "int4", "3")]
