@@ -16,9 +16,12 @@ from ctconvert.records.plan import Convert, Plan, Restore
 from ctconvert.specs import Size, WeightSpec
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import MANIFEST
+from ctconvert.store.safetensors import build_header
 
 FORMAT_VERSION: Literal[2] = 2
 _BLANK = "0" * 64
+#: Bytes of the largest manifest that is read; a model of 200 000 tensors has a quarter of it.
+_LARGEST = 500_000_000
 
 
 class Tool(Struct, frozen=True):
@@ -64,6 +67,8 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
             raise VerificationError(
                 f"{store.where}: no {MANIFEST}, so this is no complete ctconvert checkpoint"
             )
+        if store.sizes()[MANIFEST] > _LARGEST:
+            raise VerificationError(f"{store.path(MANIFEST)}: too large for a manifest")
         return cls.parse(store.read(MANIFEST), store.path(MANIFEST))
 
     @classmethod
@@ -131,6 +136,14 @@ def _contradiction(manifest: Manifest) -> str | None:
     wanted = [*place.values(), *(file.name for file in plan.side_files), "config.json"]
     if missing := [name for name in wanted if name not in files]:
         return f"files do not list {missing[0]}"
+    sizes = {record.name: record.size for record in manifest.files}
+    for shard in plan.shards:
+        header, offsets = build_header([(name, entries[name].spec) for name in shard.tensors])
+        if [entries[name].offset for name in shard.tensors] != offsets:
+            return f"the tensors of {shard.name} do not lie where its header says"
+        end = len(header) + sum(entries[name].nbytes for name in shard.tensors)
+        if not shard.size == sizes[shard.name] == end:
+            return f"{shard.name} has {shard.size} bytes, and its tensors end at {end}"
     for entry in entries.values():
         if entry.file != place[entry.name]:
             return f"tensor {entry.name} lies in {entry.file}, and another shard lists it"
@@ -180,6 +193,11 @@ def _wrong_module(module: Convert) -> str | None:
     except ValueError as error:
         return str(error)
     for source in module.sources:
+        for local, value in source.values.items():
+            if local not in source.tensors or len(value) != 2 * source.tensors[local].nbytes:
+                return f"{source.name}: {local} has a value that is not its own"
+        if source.beside.keys() != module.beside.keys():
+            return f"{source.name} has other tensors beside the weight"
         for local in source.tensors:
             if not local or "." in local:
                 return f"{source.name} holds a tensor {local!r}"
