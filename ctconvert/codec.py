@@ -53,6 +53,13 @@ def source_weight(
     if handler is None:
         raise VerificationError(f"module {source.name}: unknown format {source.weight.format}")
     tensors = {local: read(entry).to(device) for local, entry in source.entries(expert).items()}
+    for local in source.zeros:
+        zeros = tensors.pop(local)
+        if not same_bits(zeros, torch.zeros_like(zeros)):
+            raise BadInputError(
+                f"module {source.name}: {local} is not 0 everywhere, and the config says "
+                "symmetric; the config and the tensors contradict each other"
+            )
     try:
         return handler.decode(tensors, source.weight)
     except ValueError as error:
@@ -265,13 +272,16 @@ def restore(
         except ValueError as error:
             raise VerificationError(f"module {name}: {error}") from None
         entries = source.entries(expert)
+        for local in source.zeros:
+            spec = entries[local].spec
+            made[local] = torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype))
         yield (
             source,
             expert,
             {
                 local: _as_stored(tensor, entries[local].spec)
                 for local, tensor in made.items()
-                if local not in source.values
+                if local not in source.values and (not expert or local not in source.shared)
             },
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from ctconvert.errors import UnsupportedError, UsageError
+from ctconvert.errors import BadInputError, UnsupportedError, UsageError
 from ctconvert.formats.quantization import with_config
 from ctconvert.planning.assemble import Candidate, alone, fuse, possible_names
 from ctconvert.planning.choose import Choice, Chooser, check_options, matches
@@ -73,7 +73,8 @@ def make_plan(description: Description, options: Options) -> Plan:
             candidate = alone(module.source)
             reason = chooser.choice(candidate)
         if isinstance(reason, str):
-            refusals.append(Refusal(module.name, module.format, module.label, reason))
+            fault = module.fault
+            refusals.append(Refusal(module.name, module.format, module.label, reason, fault))
         else:
             made[module.name] = (candidate, reason)
     refused = {refusal.module for refusal in refusals}
@@ -98,7 +99,22 @@ def make_plan(description: Description, options: Options) -> Plan:
 
 
 def refuse(plan: Plan) -> None:
-    """Raises :class:`UnsupportedError` listing every refusal of a plan, if there is one."""
+    """Refuses a plan with refusals.
+
+    Raises:
+        BadInputError: the source contradicts itself in some modules; the first is told.
+        UnsupportedError: the target takes some modules not; all are listed.
+    """
+    if faults := [refusal for refusal in plan.refusals if refusal.fault]:
+        others = ""
+        if len(faults) > 1:
+            count = len(faults) - 1
+            others = f" (and {count} other module{'s' * (count > 1)} too: {faults[1].module}"
+            others += ", ...)" if count > 1 else ")"
+        raise BadInputError(
+            f"module {faults[0].module}: {faults[0].reason}{others}; --keep-unsupported copies "
+            "such modules unchanged"
+        )
     if plan.refusals:
         lines = "".join(f"\n  {refusal}" for refusal in plan.refusals)
         count = len(plan.refusals)
@@ -124,8 +140,9 @@ def _in_source_order(
     description: Description, made: Mapping[str, _Made], refused: set[str]
 ) -> Iterator[_Made | TensorEntry]:
     placed: set[str] = set()
+    owners = description.owners
     for entry in description.checkpoint.tensors.values():
-        module = entry.name.rpartition(".")[0]
+        module = owners.get(entry.name) or entry.name.rpartition(".")[0]
         if entry.name in description.plain or module in refused:
             yield entry
             continue
@@ -181,7 +198,7 @@ def _with_config(plan: Plan, description: Description) -> Plan:
     }
     if plan.kept:
         ours["unconverted"] = [refusal.module for refusal in plan.kept]
-    config = with_config(description.checkpoint.config, settings.path, ours)
+    config = with_config(description.checkpoint.config, ours)
     return replace(plan, config=json.dumps(config, indent=2) + "\n")
 
 

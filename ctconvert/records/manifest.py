@@ -196,6 +196,8 @@ def _wrong_module(module: Convert) -> str | None:
         for local, value in source.values.items():
             if local not in source.tensors or len(value) != 2 * source.tensors[local].nbytes:
                 return f"{source.name}: {local} has a value that is not its own"
+        if not {*source.zeros, *source.shared} <= source.tensors.keys():
+            return f"{source.name} lacks tensors that it lists"
         if source.beside.keys() != module.beside.keys():
             return f"{source.name} has other tensors beside the weight"
         for local in source.tensors:
@@ -204,7 +206,7 @@ def _wrong_module(module: Convert) -> str | None:
         if source.experts is not None and any(
             entry.spec.shape[:1] != (source.experts,)
             for local, entry in source.tensors.items()
-            if local not in source.values
+            if local not in source.values and local not in source.shared
         ):
             return f"the tensors of {source.name} have no {source.experts} experts"
     prefix = module.name + "."

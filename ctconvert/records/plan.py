@@ -34,7 +34,9 @@ class SourceModule(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``weight`` describes one 2-D weight, and ``experts`` counts them where tensors are 3-D (None
     where they are not). ``tensors`` are those that hold the weight, whole, by local name;
     ``values`` the contents of the few-element ones (``weight_shape``, static activation scales), in
-    hexadecimal. ``beside`` are tensors of the module that are no part of the weight (``bias``).
+    hexadecimal. ``zeros`` are those of ``tensors`` that must hold nothing but zeros (zero points of
+    a symmetric scheme), ``shared`` those that are all experts', not one's. ``beside`` are tensors
+    of the module that are no part of the weight (``bias``).
     """
 
     name: str
@@ -42,14 +44,17 @@ class SourceModule(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tensors: dict[str, TensorEntry]
     experts: Count | None = None
     values: dict[str, Hex] = {}
+    zeros: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     beside: dict[str, TensorEntry] = {}
 
     def entries(self, expert: int | None) -> dict[str, TensorEntry]:
         """The tensors of one expert, slices of the 3-D ones; all as they are where None."""
         if expert is None:
             return self.tensors
+        whole = {*self.values, *self.shared}
         return {
-            local: entry if local in self.values else expert_entry(entry, expert)
+            local: entry if local in whole else expert_entry(entry, expert)
             for local, entry in self.tensors.items()
         }
 
@@ -178,12 +183,16 @@ Item = Convert | Copy | Restore
 
 
 class Refusal(Struct, frozen=True):
-    """A quantised module that gets no layout, with the reason."""
+    """A quantised module that gets no layout, with the reason.
+
+    ``fault`` says that the source contradicts itself there.
+    """
 
     module: str
     format: str
     scheme: str
     reason: str
+    fault: bool = False
 
     def __str__(self) -> str:
         text = f"{self.module} ({self.format}, {self.scheme}): {self.reason}"

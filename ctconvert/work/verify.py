@@ -94,7 +94,7 @@ def verify_independently(
         progress=progress,
     )
     with closing(output.store), closing(checkpoint.store):
-        return judge(judge_jobs(items, description.settings), context, executor)
+        return judge(judge_jobs(items, description), context, executor)
 
 
 def verify_against(
@@ -149,9 +149,10 @@ def _comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
         for recorded in item.sources:
             module = modules.get(recorded.name)
             if module is None or module.source is None:
+                why = f": {module.reason}" if module is not None else ""
                 raise VerificationError(
                     f"module {item.name}: its part {recorded.name} is no quantised module of "
-                    f"{where}"
+                    f"{where}{why}"
                 )
             _check_same(item, recorded, module.source, where)
             sources.append(module.source)

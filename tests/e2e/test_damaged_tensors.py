@@ -133,15 +133,6 @@ TENSOR_DAMAGE: dict[str, tuple[Damage, tuple[str, ...]]] = {
         replaced(weight_packed=torch.zeros(96, 7, dtype=torch.int32)),
         ("weight_packed", "7 words"),
     ),
-    "dense, but the config says packed": (
-        replaced(
-            weight_packed=None,
-            weight_scale=None,
-            weight_shape=None,
-            weight=torch.zeros(96, 64, dtype=BF16),
-        ),
-        ("pack-quantized", "dense", "ignore"),
-    ),
 }
 
 
