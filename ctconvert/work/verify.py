@@ -13,6 +13,7 @@ from ctconvert.planning.make import joined_rows
 from ctconvert.planning.memory import budget, dense_bytes
 from ctconvert.progress import Progress
 from ctconvert.records import Compared, Convert, Judged, SourceModule, Verified
+from ctconvert.specs import differing_field
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.safetensors import TensorEntry, total_bytes
 from ctconvert.work.executors import Executor
@@ -174,13 +175,12 @@ def _comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
 
 def _check_same(item: Convert, recorded: SourceModule, found: SourceModule, where: str) -> None:
     """The same codes can mean other weights; raises VerificationError where they would."""
-    for field in recorded.weight.__struct_fields__:
+    if field := differing_field(recorded.weight, found.weight):
         have, want = getattr(recorded.weight, field), getattr(found.weight, field)
-        if have != want:
-            raise VerificationError(
-                f"module {item.name}: {field} of {recorded.name} is {have} in the output and "
-                f"{want} in {where}"
-            )
+        raise VerificationError(
+            f"module {item.name}: {field} of {recorded.name} is {have} in the output and "
+            f"{want} in {where}"
+        )
     if recorded.experts != found.experts or recorded.beside.keys() != found.beside.keys():
         raise VerificationError(
             f"module {item.name}: {recorded.name} of {where} holds other tensors or experts"
