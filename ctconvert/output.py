@@ -73,6 +73,14 @@ class Output:
     def where(self) -> str:
         return self.store.where
 
+    def check_unchanged(self) -> None:
+        """Made sure of when it was read, as another may have taken its place meanwhile.
+
+        Raises:
+            ConversionError: a file is no longer the one that was opened.
+        """
+        self.store.check_unchanged([MANIFEST, *self.manifest.file_records])
+
     def whole_files(self) -> list[FileRecord]:
         """The files whose hash is of the whole: all but the shards."""
         shards = {shard.name for shard in self.plan.shards}
