@@ -145,3 +145,48 @@ def test_a_commit_is_recorded_before_out_appears(place: Place) -> None:
     with pytest.raises(ConversionError, match="left alone"):
         repack(place.model, place.out, executor=Inline(lambda: a_folder(place.out)))
     assert isinstance(read_journal(place.journal)[-1], Commit)
+
+
+@pytest.mark.parametrize("flags", [{"overwrite": True}, {"resume": True}, {}])
+@pytest.mark.parametrize("into", ["out", "out.partial/checkpoint"])
+@pytest.mark.parametrize(
+    "file", ["model-00001-of-00002.safetensors", "config.json", "tokenizer.json", "LICENSE"]
+)
+def test_a_source_whose_files_are_links_into_out_is_no_source(
+    place: Place, file: str, into: str, flags: dict[str, bool]
+) -> None:
+    """They are all there is of them, and would go with it."""
+    if into == "out":
+        another_conversion(place.out)
+    else:
+        place.killed()
+    held = place.folder / into / "tokenizer.json"
+    held.parent.mkdir(parents=True, exist_ok=True)
+    if (place.model / file).exists():
+        (place.model / file).rename(held)
+    else:
+        held.write_text("")
+    (place.model / file).symlink_to(held)
+    before = tree(place.folder)
+    with pytest.raises(UsageError, match=rf"{file.replace('.', '[.]')}.* link .*out"):
+        repack(place.model, place.out, **flags)
+    assert tree(place.folder) == before
+
+
+@pytest.mark.parametrize("leads_to", ["nothing", "an empty folder", "an unfinished conversion"])
+def test_a_link_in_the_place_of_the_partial_output_is_left_alone(
+    place: Place, leads_to: str
+) -> None:
+    """What is written, removed or renamed there would be somebody else's."""
+    elsewhere = place.folder / "elsewhere"
+    if leads_to == "an empty folder":
+        elsewhere.mkdir()
+    elif leads_to == "an unfinished conversion":
+        place.killed()
+        place.partial.rename(elsewhere)
+    before = tree(elsewhere)
+    place.partial.symlink_to("elsewhere")
+    for flags in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(UsageError, match=r"out\.partial is in the way"):
+            repack(place.model, place.out, **flags)
+    assert tree(elsewhere) == before and place.partial.is_symlink()

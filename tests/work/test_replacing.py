@@ -194,3 +194,16 @@ def test_nothing_is_brought_back_into_the_place_of_something_else(place: Place) 
     recover(place.out)
     assert [path.name for path in place.out.iterdir()] == ["notes.txt"]
     assert (place.partial / "old" / "ctconvert.json").exists()
+
+
+@pytest.mark.parametrize("what", ["a link", "no conversion"])
+def test_nothing_is_brought_back_from_what_is_not_a_partial_output(place: Place, what: str) -> None:
+    """A folder ``old`` of the user's, which happens to lie there."""
+    folder = place.folder / "converted" if what == "a link" else place.partial
+    (folder / "old").mkdir(parents=True)
+    (folder / "old" / "notes.txt").write_text("mine")
+    if what == "a link":
+        (folder / "journal.jsonl").write_text("")
+        place.partial.symlink_to("converted")
+    recover(place.out)
+    assert not place.out.exists() and (folder / "old" / "notes.txt").exists()
