@@ -21,7 +21,6 @@ from ctconvert.progress import Progress, Silent
 from ctconvert.records import Options, Plan, Report, Verified
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.hub import home_path, open_store
-from ctconvert.store.local import LocalStore
 
 if TYPE_CHECKING:
     from ctconvert.work.executors import Executor
@@ -38,8 +37,7 @@ def _options(
     max_shard_size: int,
 ) -> Options:
     overrides = tuple((layout or {}).items())
-    if not 1 <= max_shard_size < 2**63:
-        raise UsageError(f"max_shard_size {max_shard_size}: it must be positive, and in 64 bits")
+    _check_shard_size(max_shard_size)
     return Options(
         target=target,
         fuse=fuse,
@@ -47,6 +45,11 @@ def _options(
         overrides=overrides,
         max_shard_size=max_shard_size,
     )
+
+
+def _check_shard_size(size: int) -> None:
+    if not 1 <= size < 2**63:
+        raise UsageError(f"max_shard_size {size}: it must be positive, and in 64 bits")
 
 
 def inspect(model: str | Path, *, target: str | None = None) -> Inspection:
@@ -222,14 +225,14 @@ def verify(
     Raises:
         UsageError: there is no such checkpoint, or ``independent`` without ``against``.
         VerificationError: something differs; the message names the tensor, module or file.
+        ConversionError: the output or the model was exchanged or changed meanwhile.
     """
     from ctconvert.work.verify import verify_against, verify_independently, verify_output
 
     if independent and against is None:
         raise UsageError("--independent compares with a source; name it by --against MODEL")
-    path, shown = home_path(out), progress or Silent()
-    executor = _executor(workers)
-    output = Output.open(path)
+    shown, executor = progress or Silent(), _executor(workers)
+    output = Output.open(out)
     found = verify_output(output, executor, shown)
     if against is not None:
         checkpoint = Checkpoint(open_store(str(against), download=True))
@@ -241,7 +244,7 @@ def verify(
     if kernels:
         from ctconvert.runtime.proof import verify_kernels
 
-        runs = verify_kernels(path, device, shown)
+        runs = verify_kernels(output, device, shown)
         found = replace(found, kernels={run.layout: run for run in runs})
     return found
 
@@ -273,7 +276,7 @@ def restore(
     Raises:
         VerificationError: the converted checkpoint is damaged.
         UsageError: ``dest`` exists or overlaps ``out``.
-        ConversionError: the disk is full.
+        ConversionError: the disk is full, or the converted checkpoint changed meanwhile.
     """
     from ctconvert.store.places import check_place
     from ctconvert.work.build import Settings, build
@@ -286,18 +289,17 @@ def restore(
         resume=resume,
         overwrite=overwrite,
     )
-    path, destination = home_path(out), home_path(dest)
-    output = Output.open(path)
+    _check_shard_size(max_shard_size)
+    destination = home_path(dest)
+    output = Output.open(out)
     if output.plan.kind == "restored":
         raise UsageError(f"{out} is a restored checkpoint already")
-    check_place(path, destination)
+    check_place(home_path(out), destination)
     verify_output(output, settings.executor, settings.progress)
-    store = LocalStore(path)
-    if not 1 <= max_shard_size < 2**63:
-        raise UsageError(f"max_shard_size {max_shard_size}: it must be positive, and in 64 bits")
-    return build(
-        restore_plan(output.manifest, store.id, max_shard_size), store, destination, settings
-    )
+    # The very store that was verified: under its path another checkpoint may stand by now.
+    store = output.store
+    planned = restore_plan(output.manifest, store.id, max_shard_size)
+    return build(planned, store, destination, settings)
 
 
 def worker_count(workers: int | None) -> int:

@@ -53,7 +53,7 @@ class ModuleTensors:
         if name not in self.specs:
             raise IncompleteError(
                 f"module {self.module}: tensor {name} is missing (has "
-                f"{', '.join(sorted(self.specs))}); the checkpoint is incomplete or was not written "
+                f"{', '.join(sorted(self.specs))}); the checkpoint is incomplete or was not made "
                 "by a compressed-tensors producer"
             )
         return self.specs[name]

@@ -13,7 +13,7 @@ from ctconvert.formats.quantization import with_config
 from ctconvert.planning.assemble import Candidate, alone, fuse, possible_names
 from ctconvert.planning.choose import Choice, Chooser, check_options, matches
 from ctconvert.planning.describe import Description
-from ctconvert.planning.place import Placed, place
+from ctconvert.planning.place import Placed, check_names, place
 from ctconvert.records import (
     FORMAT_VERSION,
     Convert,
@@ -42,7 +42,8 @@ def make_plan(description: Description, options: Options) -> Plan:
     ``keep_unsupported``.
 
     Raises:
-        BadInputError: two output tensors would have one name.
+        BadInputError: two output tensors would have one name, or a side file's folder the name of
+            a file of the output.
         UsageError: a target or layout does not exist, or one was asked for modules that are not
             there.
     """
@@ -81,6 +82,8 @@ def make_plan(description: Description, options: Options) -> Plan:
     sizes = description.checkpoint.store.sizes()
     order = list(_in_source_order(description, made, refused))
     shards, placed = place(map(_outputs, order), options.max_shard_size)
+    side_files = description.checkpoint.side_files()
+    check_names(shards, side_files)
     plan = Plan(
         kind="converted",
         options=options,
@@ -88,9 +91,7 @@ def make_plan(description: Description, options: Options) -> Plan:
         items=tuple(_item(item, placed) for item in order),
         shards=shards,
         config="",
-        side_files=tuple(
-            SourceFile(name, sizes[name]) for name in description.checkpoint.side_files()
-        ),
+        side_files=tuple(SourceFile(name, sizes[name]) for name in side_files),
         kept=tuple(refusals) if options.keep_unsupported else (),
         refusals=() if options.keep_unsupported else tuple(refusals),
         notes=(*notes, *description.oddities),
@@ -211,6 +212,9 @@ def restore_plan(manifest: Manifest, id: str, max_shard_size: int) -> Plan:
         manifest: of the output.
         id: what the output is called.
         max_shard_size: bytes of tensors in one file.
+
+    Raises:
+        BadInputError: two tensors have one name, or a side file the name of another file.
     """
     made = manifest.plan
     items: list[Restore | Copy] = [
@@ -227,6 +231,7 @@ def restore_plan(manifest: Manifest, id: str, max_shard_size: int) -> Plan:
     items.sort(key=first)
     groups = [{entry.name: entry.spec for entry in item.made} for item in items]
     shards, placed = place(groups, max_shard_size)
+    check_names(shards, [file.name for file in made.side_files])
     return Plan(
         kind="restored",
         options=Options(target=None, max_shard_size=max_shard_size),

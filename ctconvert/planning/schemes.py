@@ -73,6 +73,8 @@ class Matcher:
             self._used.add(nearest[0].group)
             return self.reader.module(name, nearest[0], entries)
         self._used.update(scheme.group for scheme in found)
+        if not fitting and len([scheme for scheme in found if scheme.by == found[0].by]) == 1:
+            return self.reader.module(name, found[0], entries)
         if not fitting and any(formats.get(scheme.format) is None for scheme in found):
             return self.reader.module(name, found[0], entries)
         groups = " and ".join(f"{scheme.group} (target {scheme.target!r})" for scheme in found)

@@ -8,12 +8,12 @@ their own references run, and of these the 2:4 one decompresses as the layout do
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from msgspec.structs import replace
 
 from ctconvert.errors import VerificationError
+from ctconvert.output import Output
 from ctconvert.progress import Progress
 from ctconvert.records import KernelRun
 from ctconvert.runtime import activations
@@ -139,13 +139,13 @@ def _check(name: str, module: KernelLinear | KernelEmbedding, device: torch.devi
     return KernelRun(layout, 1, found.error, name, found.case, tolerance)
 
 
-def verify_kernels(out: Path, device: str, progress: Progress) -> tuple[KernelRun, ...]:
+def verify_kernels(output: Output, device: str, progress: Progress) -> tuple[KernelRun, ...]:
     """Runs every module of a converted checkpoint and compares it with the reference.
 
     Activations are bfloat16, float16 where a module's scales are.
 
     Args:
-        out: a converted checkpoint.
+        output: a converted checkpoint.
         device: where the kernels run.
         progress: told of modules done, by their bytes.
 
@@ -154,9 +154,10 @@ def verify_kernels(out: Path, device: str, progress: Progress) -> tuple[KernelRu
 
     Raises:
         VerificationError: a kernel is off by more than its layout's tolerance.
+        ConversionError: it is no longer the checkpoint that was opened.
     """
     runs: dict[str, KernelRun] = {}
-    with Loader(out, device) as loader:
+    with Loader(output, device) as loader:
         sizes = loader.sizes()
         progress.phase("running", sum(sizes.values()))
         for whole in loader.bindings:

@@ -99,6 +99,11 @@ class Checkpoint:
             )
         self.tensors[entry.name] = entry
 
+    def check_unchanged(self) -> None:
+        """Raises ConversionError where a file is no longer the one that was opened."""
+        index = [INDEX] if INDEX in self.store.sizes() else []
+        self.store.check_unchanged([CONFIG, *index, *self.shards])
+
     def side_files(self) -> list[str]:
         """Files to copy beside the weights: tokenizer, generation config, chat template, ..."""
         left_out = self.store.left_out()

@@ -174,6 +174,14 @@ def test_zero_point_out_of_range(tmp_path: Path, value: int) -> None:
     refused(model, says=(f"module {UP}", "weight_zero_point[70, 1]", f" {value},", "4-bit"))
 
 
+def test_one_zero_point_for_many_channels(tmp_path: Path) -> None:
+    group = group_config(weight_args(8, None, symmetric=False), format="int-quantized")
+    tensors = tensors_of(group, (UP, 96, 64))
+    tensors[f"{UP}.weight_zero_point"] = torch.tensor(3, dtype=torch.int8)
+    model = write_checkpoint(tmp_path / "model", tensors, config_of(group))
+    refused(model, says=(f"module {UP}", "weight_zero_point", "[96, 1]"))
+
+
 def test_a_tensor_of_an_output_name_is_not_explained_away(model: Path) -> None:
     edit(model, UP, qweight=torch.zeros(4))
     with pytest.raises(UnsupportedError, match="holds qweight"):

@@ -14,6 +14,7 @@ from support.conversion import converted, converted_module, put_kernel
 from support.schemes import FRESH, REAL
 
 from ctconvert.errors import VerificationError
+from ctconvert.output import Output
 from ctconvert.progress import Silent
 from ctconvert.runtime import kernels, load, loading, proof
 from ctconvert.runtime.proof import KernelRun, verify_kernels
@@ -32,7 +33,7 @@ ONE_EACH = (
 
 
 def prove(out: Path, device: str = "cpu") -> tuple[KernelRun, ...]:
-    return verify_kernels(out, device, Silent())
+    return verify_kernels(Output.open(out), device, Silent())
 
 
 @pytest.mark.parametrize(("name", "target", "layout"), ONE_EACH)
