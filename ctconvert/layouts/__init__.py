@@ -48,14 +48,84 @@ LAYOUTS: tuple[Layout, ...] = (
     CPUInt8(),
 )
 
-#: A target is an ordered preference: a module gets the first layout that supports it.
+_BLOCK_FLOATS = ("marlin-nvfp4", "marlin-nvfp4-f16", "marlin-mxfp8")
+_FP8 = ("marlin-fp8", "marlin-fp8-f16")
+
+#: A target is an ordered preference: a module gets the first layout that supports it. ``triton``
+#: and ``cuda`` run on every machine of the kind, the others follow what vLLM picks on that one.
+#: Layouts for another dtype of the activations than the checkpoint's are passed over.
 TARGETS: Mapping[str, tuple[str, ...]] = {
-    "triton": ("triton-wna16", "scaled-mm", "gather"),
-    "cuda": ("cutlass-sparse24", "marlin-mxfp4", "marlin", "triton-wna16", "scaled-mm", "gather"),
-    "xpu": ("xpu-w4a8", "xpu-w4a16", "triton-wna16", "gather"),
+    "triton": ("triton-wna16", "scaled-mm", "marlin-mxfp4", "gather"),
+    "cuda": (
+        "cutlass-sparse24",
+        "marlin-mxfp4",
+        "marlin",
+        "triton-wna16",
+        "scaled-mm",
+        *_BLOCK_FLOATS,
+        *_FP8,
+        "gather",
+    ),
+    # no FP8 tensor cores, so FP8 before the INT8 of scaled-mm
+    "cuda-sm80": (
+        "marlin",
+        "triton-wna16",
+        "marlin-mxfp4",
+        *_BLOCK_FLOATS,
+        *_FP8,
+        "scaled-mm",
+        "gather",
+    ),
+    "cuda-sm90": (
+        "cutlass-sparse24",
+        "w4a8-fp8",
+        "machete",
+        "humming",
+        "marlin",
+        "triton-wna16",
+        "humming-nvfp4",
+        "marlin-mxfp4",
+        "marlin-mxfp8",
+        "scaled-mm",
+        *_FP8,
+        "gather",
+    ),
+    "cuda-sm100": (
+        "marlin",
+        "triton-wna16",
+        "nvfp4-cutlass",
+        "marlin-mxfp4",
+        *_BLOCK_FLOATS,
+        "scaled-mm",
+        *_FP8,
+        "gather",
+    ),
+    "rocm": ("triton-wna16", "scaled-mm", "marlin-mxfp4", "gather"),
+    "xpu": ("xpu-w4a8", "xpu-w4a16", "triton-wna16", "scaled-mm", "marlin-mxfp4", "gather"),
+    "cpu": ("cpu-w4a8", "cpu-w4a16", "cpu-int8", "gather"),
 }
 
-__all__ = ["LAYOUTS", "TARGETS", "Layout", "get"]
+#: What each target is for, for people.
+MACHINES: Mapping[str, str] = {
+    "triton": "Triton kernels on any GPU",
+    "cuda": "any NVIDIA GPU from SM80 on (2:4 sparse: SM90)",
+    "cuda-sm80": "NVIDIA Ampere and Ada, SM80 to SM89",
+    "cuda-sm90": "NVIDIA Hopper, SM90",
+    "cuda-sm100": "NVIDIA Blackwell, SM100",
+    "rocm": "AMD GPUs",
+    "xpu": "Intel GPUs",
+    "cpu": "CPUs with AVX-512, W4A8 and INT8 with AMX",
+}
+
+#: What a target prefers only for weights whose activations are quantised too: the kernels there
+#: quantise them, and a checkpoint that asks for 16-bit ones has another layout.
+QUANTISED_ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
+    "cuda-sm90": ("scaled-mm",),
+    "cuda-sm100": ("scaled-mm",),
+    "cpu": ("cpu-w4a8",),
+}
+
+__all__ = ["LAYOUTS", "MACHINES", "QUANTISED_ACTIVATIONS", "TARGETS", "Layout", "get"]
 
 
 def get(name: str) -> Layout | None:

@@ -55,7 +55,7 @@ def make_plan(description: Description, options: Options) -> Plan:
                     f"--layout {pattern}={layout}: no quantised module has such a name"
                 )
     notes: list[str] = []
-    chooser = Chooser(options)
+    chooser = Chooser(options, description.checkpoint.config)
     made: dict[str, _Made] = {}  # by the name of each source module
     refusals: list[Refusal] = []
     if options.fuse:
@@ -82,7 +82,7 @@ def make_plan(description: Description, options: Options) -> Plan:
     shards, placed = place(map(_outputs, order), options.max_shard_size)
     plan = Plan(
         kind="converted",
-        options=options,
+        options=chooser.options,
         source=_origin(description.checkpoint),
         items=tuple(_item(item, placed) for item in order),
         shards=shards,
@@ -92,7 +92,7 @@ def make_plan(description: Description, options: Options) -> Plan:
         ),
         kept=tuple(refusals) if options.keep_unsupported else (),
         refusals=() if options.keep_unsupported else tuple(refusals),
-        notes=(*notes, *description.oddities),
+        notes=(*notes, *chooser.notes, *description.oddities),
     )
     return _with_config(plan, description)
 
