@@ -17,6 +17,7 @@ from ctconvert.layouts.marlin import Marlin, MarlinMXFP4
 from ctconvert.layouts.marlin_fp8 import MarlinFP8, MarlinFP8Half
 from ctconvert.layouts.marlin_mxfp8 import MarlinMXFP8
 from ctconvert.layouts.marlin_nvfp4 import MarlinNVFP4, MarlinNVFP4Half
+from ctconvert.layouts.mx_swizzled import MXFP4Swizzled, MXFP8Swizzled
 from ctconvert.layouts.nvfp4_cutlass import NVFP4Cutlass
 from ctconvert.layouts.scaled_mm import ScaledMM
 from ctconvert.layouts.triton_wna16 import TritonWNA16
@@ -42,6 +43,8 @@ LAYOUTS: tuple[Layout, ...] = (
     MarlinFP8Half(),
     MarlinMXFP8(),
     NVFP4Cutlass(),
+    MXFP8Swizzled(),
+    MXFP4Swizzled(),
     W4A8FP8(),
     CPUW4A16(),
     CPUW4A8(),
@@ -94,6 +97,8 @@ TARGETS: Mapping[str, tuple[str, ...]] = {
         "marlin",
         "triton-wna16",
         "nvfp4-cutlass",
+        "mxfp4-swizzled",
+        "mxfp8-swizzled",
         "marlin-mxfp4",
         *_BLOCK_FLOATS,
         "scaled-mm",

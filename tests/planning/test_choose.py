@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.block_floats import FP8 as FP8_INPUTS
-from support.block_floats import fp8_group, nvfp4, nvfp4_group
+from support.block_floats import fp8_group, mxfp8, mxfp8_group, nvfp4, nvfp4_group
 from support.builders import (
     DYNAMIC_INT8,
     STATIC_INT8,
@@ -178,6 +178,34 @@ def test_fp8_in_other_blocks_has_a_layout(target: str) -> None:
 def test_nvfp4_by_machine(target: str, w4a4: str, w4a16: str) -> None:
     assert chosen(nvfp4_group(), nvfp4(64, 96), target) == w4a4
     assert chosen(nvfp4_group(False), nvfp4(64, 96, inputs=False), target) == w4a16
+
+
+@pytest.mark.parametrize(
+    ("target", "w8a8", "w8a16"),
+    [
+        ("cuda", "marlin-mxfp8", "marlin-mxfp8"),
+        ("cuda-sm90", "marlin-mxfp8", "marlin-mxfp8"),
+        ("cuda-sm100", "mxfp8-swizzled", "marlin-mxfp8"),
+    ],
+)
+def test_mxfp8_by_machine(target: str, w8a8: str, w8a16: str) -> None:
+    for inputs, layout in ((True, w8a8), (False, w8a16)):
+        assert chosen(mxfp8_group(inputs), mxfp8(64, 96), target) == layout
+
+
+@pytest.mark.parametrize(
+    ("target", "w4a4", "w4a16"),
+    [
+        ("triton", "marlin-mxfp4", "marlin-mxfp4"),
+        ("cuda-sm90", "marlin-mxfp4", "marlin-mxfp4"),
+        ("cuda-sm100", "mxfp4-swizzled", "marlin-mxfp4"),
+    ],
+)
+def test_mxfp4_by_machine(target: str, w4a4: str, w4a16: str) -> None:
+    args = weight_args(4, 32, kind="float")
+    for inputs, layout in ((args | {"dynamic": True}, w4a4), (None, w4a16)):
+        group = group_config(args, format="mxfp4-pack-quantized", inputs=inputs)
+        assert chosen(group, quantised(64, 96, group, 1), target) == layout
 
 
 def test_int4_on_a_cpu_keeps_its_activations() -> None:
