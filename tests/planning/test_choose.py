@@ -114,11 +114,29 @@ def test_activation_zero_points_are_not_ignored(target: str) -> None:
         assert all("input_zero_point is 3" in reason for reason in found)
 
 
-def test_asymmetric_dynamic_activations_are_refused() -> None:
-    inputs = DYNAMIC_INT8 | {"symmetric": False}
+ASYMMETRIC = group_config(
+    weight_args(8, None), format="int-quantized", inputs=DYNAMIC_INT8 | {"symmetric": False}
+)
+
+
+def test_asymmetric_dynamic_activations() -> None:
+    """One layout has what their kernel needs; the CPU's kernel would ignore their zero points."""
+    made = quantised(64, 96, ASYMMETRIC, 1)
+    for target in ("triton", "cuda", "cuda-sm80", "cuda-sm90", "cuda-sm100", "rocm", "xpu"):
+        assert refusals(made, config_of(ASYMMETRIC), target) == []
+    (reason,) = refusals(made, config_of(ASYMMETRIC), "cpu")
+    assert "asymmetric activations" in reason
+
+
+def test_static_asymmetric_activations_that_were_never_calibrated() -> None:
+    inputs = STATIC_INT8 | {"symmetric": False}
     group = group_config(weight_args(8, None), format="int-quantized", inputs=inputs)
-    (reason,) = refusals(quantised(64, 96, group, 1), config_of(group), "cuda")
-    assert "asymmetric dynamic" in reason
+    made = quantised(64, 96, group, 1)
+    made["input_zero_point"] = torch.tensor([3], dtype=torch.int8)
+    assert refusals(made, config_of(group), "cuda") == []
+    made["input_scale"] = torch.zeros(1)
+    (reason,) = refusals(made, config_of(group), "cuda")
+    assert "int8 asym static tensor in, whose zero points" in reason
 
 
 @pytest.mark.parametrize("target", TARGETS)
