@@ -198,7 +198,8 @@ class Chooser:
                 return layout
             (others if support.other_kind else reasons).append(f"{name}: {support.reason}")
         if not reasons and len(others) > 1:
-            what = "embedding tables" if weight.embedding else f"{weight.family} weights"
+            what = "weights" if weight.family == "other" else f"{weight.family} weights"
+            what = "embedding tables" if weight.embedding else what
             reasons = [
                 f"no layout of target {self.options.target} is for {what} such as this "
                 f"({weight.label})"
