@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from ctconvert.errors import UsageError
 from ctconvert.output import Output
-from ctconvert.planning.choose import check_options
+from ctconvert.planning.choose import check_options, dtype_named
 from ctconvert.planning.describe import describe
 from ctconvert.planning.inspection import Inspection, inspection
 from ctconvert.planning.make import make_plan, restore_plan
@@ -35,11 +35,13 @@ def _options(
     keep_unsupported: bool,
     layout: Mapping[str, str] | None,
     max_shard_size: int,
+    dtype: str | None,
 ) -> Options:
     overrides = tuple((layout or {}).items())
     _check_shard_size(max_shard_size)
     return Options(
         target=target,
+        dtype=dtype_named(dtype),
         fuse=fuse,
         keep_unsupported=keep_unsupported,
         overrides=overrides,
@@ -52,12 +54,15 @@ def _check_shard_size(size: int) -> None:
         raise UsageError(f"max_shard_size {size}: it must be positive, and in 64 bits")
 
 
-def inspect(model: str | Path, *, target: str | None = None) -> Inspection:
+def inspect(
+    model: str | Path, *, target: str | None = None, dtype: str | None = None
+) -> Inspection:
     """What a checkpoint holds: schemes by module, sizes, oddities; reads headers only.
 
     Args:
         model: a directory or a Hub id (``org/name``, ``org/name@revision``).
         target: also say what each module would become for it, or why it cannot.
+        dtype: as for :func:`plan`.
 
     Returns:
         the content of ``ctconvert inspect --json``.
@@ -66,7 +71,9 @@ def inspect(model: str | Path, *, target: str | None = None) -> Inspection:
         UsageError: there is no such model or target.
         BadInputError: the checkpoint is damaged or contradicts itself.
     """
-    options = None if target is None else Options(target=target, keep_unsupported=True)
+    options = None
+    if target is not None:
+        options = Options(target=target, keep_unsupported=True, dtype=dtype_named(dtype))
     if options is not None:
         check_options(options)
     with _no_collection():
@@ -82,6 +89,7 @@ def plan(
     keep_unsupported: bool = False,
     layout: Mapping[str, str] | None = None,
     max_shard_size: int = 5_000_000_000,
+    dtype: str | None = None,
     download: bool = False,
 ) -> Plan:
     """Decides layout, name, dtype, shape, shard and offset of every output tensor.
@@ -93,6 +101,8 @@ def plan(
         keep_unsupported: copy modules without a layout instead of refusing them.
         layout: layout by module name pattern (glob, or ``re:`` and a regular expression).
         max_shard_size: bytes of tensors in one output file; a module is never split.
+        dtype: ``bfloat16`` or ``float16``, of the activations, which the bytes of some layouts
+            depend on; config.json's where None, and bfloat16 where it names none.
         download: fetch a Hub model's files now, so that the plan can be carried out.
 
     Returns:
@@ -102,7 +112,7 @@ def plan(
         UsageError: there is no such model, target or layout.
         BadInputError: the checkpoint is damaged or contradicts itself.
     """
-    options = _options(target, fuse, keep_unsupported, layout, max_shard_size)
+    options = _options(target, fuse, keep_unsupported, layout, max_shard_size, dtype)
     check_options(options)
     with _no_collection():
         return make_plan(describe(Checkpoint(open_store(str(model), download=download))), options)
@@ -127,6 +137,7 @@ def repack(
     keep_unsupported: bool = False,
     layout: Mapping[str, str] | None = None,
     max_shard_size: int = 5_000_000_000,
+    dtype: str | None = None,
     workers: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -136,7 +147,7 @@ def repack(
     """Converts a compressed-tensors checkpoint into a kernel-ready one.
 
     Args:
-        model, target, fuse, keep_unsupported, layout, max_shard_size: as for :func:`plan`.
+        model, target, fuse, keep_unsupported, layout, max_shard_size, dtype: as for :func:`plan`.
         out: the directory to make; ``MODEL-TARGET`` beside the model where not given.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``: where transforms run.
         workers: threads that read, transform and write; chosen by the machine where None.
@@ -163,7 +174,7 @@ def repack(
         overwrite=overwrite,
         verify=verify,
     )
-    options = _options(target, fuse, keep_unsupported, layout, max_shard_size)
+    options = _options(target, fuse, keep_unsupported, layout, max_shard_size, dtype)
     check_options(options)
     destination = default_out(model, target) if out is None else home_path(out)
     store = open_store(str(model), download=True)

@@ -56,7 +56,7 @@ def make_plan(description: Description, options: Options) -> Plan:
                     f"--layout {pattern}={layout}: no quantised module has such a name"
                 )
     notes: list[str] = []
-    chooser = Chooser(options)
+    chooser = Chooser(options, description.checkpoint.config)
     made: dict[str, _Made] = {}  # by the name of each source module
     refusals: list[Refusal] = []
     if options.fuse:
@@ -86,7 +86,7 @@ def make_plan(description: Description, options: Options) -> Plan:
     check_names(shards, side_files)
     plan = Plan(
         kind="converted",
-        options=options,
+        options=chooser.options,
         source=_origin(description.checkpoint),
         items=tuple(_item(item, placed) for item in order),
         shards=shards,
@@ -94,7 +94,7 @@ def make_plan(description: Description, options: Options) -> Plan:
         side_files=tuple(SourceFile(name, sizes[name]) for name in side_files),
         kept=tuple(refusals) if options.keep_unsupported else (),
         refusals=() if options.keep_unsupported else tuple(refusals),
-        notes=(*notes, *description.oddities),
+        notes=(*notes, *chooser.notes, *description.oddities),
     )
     return _with_config(plan, description)
 

@@ -18,10 +18,13 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the user asked for; all of it shapes the bytes of the output.
 
     ``target`` is None for a restored checkpoint, which is made for nothing but itself.
-    ``overrides`` are (pattern, layout), the first that matches a module deciding.
+    ``overrides`` are (pattern, layout), the first that matches a module deciding. ``dtype`` is that
+    of the activations, for layouts whose bytes depend on it; a plan's is what config.json says
+    where the user says nothing, None where that is neither of them.
     """
 
     target: str | None
+    dtype: Literal["bfloat16", "float16"] | None = None
     fuse: bool = False
     keep_unsupported: bool = False
     overrides: tuple[tuple[str, str], ...] = ()

@@ -103,6 +103,12 @@ def padded(
     return F.pad(x, (0, k - bound.spec.k)).contiguous(), bias
 
 
+def padded_rows(bound: Binding, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias, as long as a weight that is padded in its rows only."""
+    more = bound.padded[0] - bound.spec.n
+    return F.pad(bias, (0, more)) if bias is not None and more else bias
+
+
 def fake_quantised(
     call: Callable[[torch.Tensor], torch.Tensor], tensors: Tensors, x: torch.Tensor
 ) -> torch.Tensor:

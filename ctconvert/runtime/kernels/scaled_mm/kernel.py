@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 
+from ctconvert.errors import UsageError
 from ctconvert.runtime import activations
 from ctconvert.runtime.kernels.base import Binding, Kernel, Tensors, like, product_in_8_bits
 from ctconvert.runtime.kernels.ops import Result, check_last, check_tensor, op
@@ -224,6 +225,11 @@ def _plain(weight: torch.Tensor, scale: torch.Tensor, spec: WeightSpec) -> torch
 
 
 def _derived(bound: Binding, tensors: Tensors) -> dict[str, torch.Tensor]:
+    if "azp_adj" in tensors:
+        raise UsageError(
+            f"there is no kernel for {bound.spec.activations} here: a serving engine runs it, and "
+            "`ctconvert verify --against MODEL` proves it"
+        )
     if "input_zero_point" not in tensors:
         return {}
     return {"weight_sum": tensors["weight"].sum(1, dtype=torch.int32)}
