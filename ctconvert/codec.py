@@ -159,13 +159,13 @@ def decode(item: Convert, unit: int, read: Read, device: torch.device) -> list[F
         for local, spec in wanted.items():
             if spec_of(tensors[local]) != spec:
                 raise VerificationError(
-                    f"tensor {item.name}.{local}: {spec_of(tensors[local])}, expected {spec}"
+                    f"tensor {item.prefix}{local}: {spec_of(tensors[local])}, expected {spec}"
                 )
         weight = layout.decode(tensors, recipe.weight)
         for local, tensor in layout.encode(weight).items():
             if not same_bits(tensor, tensors[local]):
                 raise VerificationError(
-                    f"tensor {item.name}.{local}: holds bytes that layout {layout.name} does not "
+                    f"tensor {item.prefix}{local}: holds bytes that layout {layout.name} does not "
                     "make"
                 )
         return list(_fragments(item.units[unit], item.specs, weight, 0, 0))

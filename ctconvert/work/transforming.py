@@ -52,7 +52,7 @@ class ConvertJob(Job):
     def run(self, context: Context) -> Done:
         item, device = self.item, resolve(context.device)
         read = partial(read_tensor, context.source)
-        cut = len(item.name) + 1
+        cut = len(item.prefix)
         writers = {entry.name[cut:]: TensorWriter(context, entry) for entry in item.outputs}
         with _out_of_memory(item.name, context.device):
             for unit in range(len(item.units)):
@@ -61,7 +61,7 @@ class ConvertJob(Job):
                     for local, tensor in codec.encode(item, unit, read, device).items():
                         writers[local].put(raw_bytes(tensor))
                     del tensor
-        hashes = {f"{item.name}.{local}": writer.finish() for local, writer in writers.items()}
+        hashes = {f"{item.prefix}{local}": writer.finish() for local, writer in writers.items()}
         for local, output in item.beside.items():
             originals = [source.beside[local] for source in item.sources]
             hashes[output.name] = copy_tensors(context, originals, output)

@@ -160,7 +160,8 @@ def _comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
         found = replace(item, sources=tuple(sources))
         jobs.append(CompareJob(found))
         for local, joined in item.beside.items():
-            jobs.append(_bytes(joined, [source.beside[local] for source in sources]))
+            originals = [source.beside[local] for source in sources]
+            jobs.append(_bytes(joined, originals, found.stacked))
     for copy in output.plan.copies:
         entry = checkpoint.tensors.get(copy.name)
         if entry is None:
@@ -187,7 +188,9 @@ def _check_same(item: Convert, recorded: SourceModule, found: SourceModule, wher
         )
 
 
-def _bytes(made: TensorEntry, originals: list[TensorEntry]) -> CompareBytesJob:
-    if made.spec != joined_rows(originals):
+def _bytes(
+    made: TensorEntry, originals: list[TensorEntry], stacked: int | None = None
+) -> CompareBytesJob:
+    if made.spec != joined_rows(originals, stacked):
         raise VerificationError(f"tensor {made.name}: {made.spec} is not the source's")
     return CompareBytesJob(made, tuple(originals))
