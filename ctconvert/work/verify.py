@@ -17,6 +17,7 @@ from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.safetensors import TensorEntry, total_bytes
 from ctconvert.work.executors import Executor
 from ctconvert.work.jobs import CompareBytesJob, Context, HashJob, Job
+from ctconvert.work.parts import ranges
 
 
 def verify_output(output: Output, executor: Executor, progress: Progress) -> Verified:
@@ -158,7 +159,7 @@ def _comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
             covered |= {entry.name for entry in module.source.tensors.values()}
             covered |= {entry.name for entry in module.source.beside.values()}
         found = replace(item, sources=tuple(sources))
-        jobs.append(CompareJob(found))
+        jobs += [CompareJob(found, *units) for units in ranges(found)]
         for local, joined in item.beside.items():
             originals = [source.beside[local] for source in sources]
             jobs.append(_bytes(joined, originals, found.stacked))
