@@ -137,7 +137,7 @@ def assembled(assembly: Assembly, specs: Sequence[WeightSpec]) -> WeightSpec:
     inner = assembled(assembly.part, specs)
     if isinstance(assembly, Pad):
         return padded(inner, assembly.n, assembly.k)
-    if _holds_padding(assembly.part):
+    if holds_padding(assembly.part):
         raise ValueError("what is padded cannot be cut: cut first, then pad")
     support = can_cut(inner, assembly.axis, assembly.ranks)
     if not support:
@@ -145,11 +145,12 @@ def assembled(assembly: Assembly, specs: Sequence[WeightSpec]) -> WeightSpec:
     return cut(inner, assembly.axis, assembly.ranks)
 
 
-def _holds_padding(assembly: Assembly) -> bool:
+def holds_padding(assembly: Assembly) -> bool:
+    """Whether any of it is padded."""
     if isinstance(assembly, Concat | Stack):
-        return any(map(_holds_padding, assembly.parts))
+        return any(map(holds_padding, assembly.parts))
     return isinstance(assembly, Pad) or (
-        isinstance(assembly, Slice) and _holds_padding(assembly.part)
+        isinstance(assembly, Slice) and holds_padding(assembly.part)
     )
 
 
