@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,8 @@ def _options(
     target: str,
     fuse: bool,
     keep_unsupported: bool,
+    include: Sequence[str],
+    exclude: Sequence[str],
     layout: Mapping[str, str] | None,
     max_shard_size: int,
     dtype: str | None,
@@ -44,6 +46,8 @@ def _options(
         dtype=dtype_named(dtype),
         fuse=fuse,
         keep_unsupported=keep_unsupported,
+        include=tuple(include),
+        exclude=tuple(exclude),
         overrides=overrides,
         max_shard_size=max_shard_size,
     )
@@ -87,6 +91,8 @@ def plan(
     target: str,
     fuse: bool = False,
     keep_unsupported: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     layout: Mapping[str, str] | None = None,
     max_shard_size: int = 5_000_000_000,
     dtype: str | None = None,
@@ -99,6 +105,9 @@ def plan(
         target: one of ``ctconvert.layouts.TARGETS``.
         fuse: join q/k/v and gate/up projections.
         keep_unsupported: copy modules without a layout instead of refusing them.
+        include: patterns (glob, or ``re:`` and a regular expression) of the quantised modules to
+            convert; all where empty. The others are copied.
+        exclude: patterns of quantised modules to copy.
         layout: layout by module name pattern (glob, or ``re:`` and a regular expression).
         max_shard_size: bytes of tensors in one output file; a module is never split.
         dtype: ``bfloat16`` or ``float16``, of the activations, which the bytes of some layouts
@@ -112,7 +121,9 @@ def plan(
         UsageError: there is no such model, target or layout.
         BadInputError: the checkpoint is damaged or contradicts itself.
     """
-    options = _options(target, fuse, keep_unsupported, layout, max_shard_size, dtype)
+    options = _options(
+        target, fuse, keep_unsupported, include, exclude, layout, max_shard_size, dtype
+    )
     check_options(options)
     with _no_collection():
         return make_plan(describe(Checkpoint(open_store(str(model), download=download))), options)
@@ -135,6 +146,8 @@ def repack(
     device: str = "auto",
     fuse: bool = False,
     keep_unsupported: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     layout: Mapping[str, str] | None = None,
     max_shard_size: int = 5_000_000_000,
     dtype: str | None = None,
@@ -147,7 +160,8 @@ def repack(
     """Converts a compressed-tensors checkpoint into a kernel-ready one.
 
     Args:
-        model, target, fuse, keep_unsupported, layout, max_shard_size, dtype: as for :func:`plan`.
+        model, target, fuse, keep_unsupported, include, exclude, layout, max_shard_size, dtype: as
+            for :func:`plan`.
         out: the directory to make; ``MODEL-TARGET`` beside the model where not given.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``: where transforms run.
         workers: threads that read, transform and write; chosen by the machine where None.
@@ -174,7 +188,9 @@ def repack(
         overwrite=overwrite,
         verify=verify,
     )
-    options = _options(target, fuse, keep_unsupported, layout, max_shard_size, dtype)
+    options = _options(
+        target, fuse, keep_unsupported, include, exclude, layout, max_shard_size, dtype
+    )
     check_options(options)
     destination = default_out(model, target) if out is None else home_path(out)
     store = open_store(str(model), download=True)

@@ -59,6 +59,14 @@ def repack(
             "--keep-unsupported", help="Copy modules that no layout takes instead of refusing."
         ),
     ] = False,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Convert these modules alone, by glob or re:regex."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Copy these modules, by glob or re:regex."),
+    ] = None,
     layout: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN=LAYOUT", help="Layout for modules by glob or re:regex."),
@@ -83,6 +91,8 @@ def repack(
                 target=target,
                 fuse=fuse,
                 keep_unsupported=keep_unsupported,
+                include=include or [],
+                exclude=exclude or [],
                 layout=layouts,
                 max_shard_size=shard,
                 dtype=dtype,
@@ -97,6 +107,8 @@ def repack(
                 target=target,
                 fuse=fuse,
                 keep_unsupported=keep_unsupported,
+                include=include or [],
+                exclude=exclude or [],
                 layout=layouts,
                 max_shard_size=shard,
                 dtype=dtype,

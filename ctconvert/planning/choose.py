@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -25,18 +25,46 @@ from ctconvert.specs import Dtype, Support, TensorSpec, WeightSpec
 DTYPES: Mapping[Literal["bfloat16", "float16"], Dtype] = {"bfloat16": "BF16", "float16": "F16"}
 
 
-def matches(pattern: str, module: str) -> bool:
+def matches(pattern: str, module: str, option: str = "--layout") -> bool:
     """Whether a module's name fits a glob, or ``re:`` and a regular expression.
 
     Raises:
-        UsageError: the regular expression is none, or takes too long.
+        UsageError: the regular expression of this option is none, or takes too long.
     """
     if not pattern.startswith("re:"):
         return fnmatch.fnmatchcase(module, pattern)
     try:
         return _compiled(pattern[3:]).match(module)
     except PatternError as error:
-        raise UsageError(f"--layout: {error}") from None
+        raise UsageError(f"{option}: {error}") from None
+
+
+def left_out(modules: Iterable[str], options: Options) -> dict[str, str]:
+    """The modules that ``include`` and ``exclude`` leave as they are, each with the reason.
+
+    Raises:
+        UsageError: a pattern means no quantised module, or nothing is left to convert.
+    """
+    names = list(modules)
+    found: dict[str, str] = {}
+    if options.include:
+        chosen: set[str] = set()
+        for pattern in options.include:
+            chosen |= _meant(names, pattern, "--include")
+        found = {name: "no --include means it" for name in names if name not in chosen}
+    for pattern in options.exclude:
+        for name in _meant(names, pattern, "--exclude"):
+            found.setdefault(name, f"--exclude {pattern} means it")
+    if found and len(found) == len(names):
+        raise UsageError("--include and --exclude leave no quantised module to convert")
+    return found
+
+
+def _meant(names: Iterable[str], pattern: str, option: str) -> set[str]:
+    found = {name for name in names if matches(pattern, name, option)}
+    if not found:
+        raise UsageError(f"{option} {pattern}: no quantised module has such a name")
+    return found
 
 
 @lru_cache(maxsize=256)
@@ -59,6 +87,9 @@ def check_options(options: Options) -> None:
             known = ", ".join(layout.name for layout in layouts.LAYOUTS)
             raise UsageError(f"--layout {pattern}={name}: no such layout; the layouts are {known}")
         matches(pattern, "")
+    for option, patterns in (("--include", options.include), ("--exclude", options.exclude)):
+        for pattern in patterns:
+            matches(pattern, "", option)
     if options.max_shard_size < 1:
         raise UsageError("--max-shard-size must be positive")
 

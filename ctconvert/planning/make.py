@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from ctconvert.errors import BadInputError, UnsupportedError, UsageError
 from ctconvert.formats.quantization import with_config
 from ctconvert.planning.assemble import Candidate, alone, fuse, possible_names
-from ctconvert.planning.choose import Choice, Chooser, check_options, matches
+from ctconvert.planning.choose import Choice, Chooser, check_options, left_out, matches
 from ctconvert.planning.describe import Description
 from ctconvert.planning.experts import not_stacked, stack_names, stacks
 from ctconvert.planning.place import Placed, check_names, place
@@ -40,7 +40,7 @@ def make_plan(description: Description, options: Options) -> Plan:
     """Decides the layout of every module and the place of every output tensor.
 
     Modules that no layout takes are in :attr:`Plan.refusals`, or in :attr:`Plan.kept` with
-    ``keep_unsupported``.
+    ``keep_unsupported``; there are those too that the user leaves out.
 
     Raises:
         BadInputError: two output tensors would have one name, or a side file's folder the name of
@@ -56,6 +56,9 @@ def make_plan(description: Description, options: Options) -> Plan:
                 raise UsageError(
                     f"--layout {pattern}={layout}: no quantised module has such a name"
                 )
+    left = left_out(description.modules, options)
+    for name, why in left.items():
+        description.modules[name].reason = why
     notes: list[str] = []
     chooser = Chooser(options, description.checkpoint.config)
     made: dict[str, _Made] = {}  # by the name of each source module
@@ -83,14 +86,20 @@ def make_plan(description: Description, options: Options) -> Plan:
             candidate = alone(module.source)
             reason = chooser.choice(candidate)
         if isinstance(reason, str):
-            fault = module.fault
+            fault = module.fault and module.name not in left
             refusals.append(Refusal(module.name, module.format, module.label, reason, fault))
         else:
             made[module.name] = (candidate, reason)
     refused = {refusal.module for refusal in refusals}
+    kept = [item for item in refusals if options.keep_unsupported or item.module in left]
     sizes = description.checkpoint.store.sizes()
     order = list(_in_source_order(description, made, refused))
-    shards, placed = place(map(_outputs, order), options.max_shard_size)
+    shards, placed = place(
+        map(_outputs, order),
+        options.max_shard_size,
+        description.checkpoint.metadata,
+        description.checkpoint.tensors,
+    )
     side_files = description.checkpoint.side_files()
     check_names(shards, side_files)
     plan = Plan(
@@ -101,8 +110,8 @@ def make_plan(description: Description, options: Options) -> Plan:
         shards=shards,
         config="",
         side_files=tuple(SourceFile(name, sizes[name]) for name in side_files),
-        kept=tuple(refusals) if options.keep_unsupported else (),
-        refusals=() if options.keep_unsupported else tuple(refusals),
+        kept=tuple(kept),
+        refusals=tuple(item for item in refusals if item not in kept),
         notes=(*notes, *chooser.notes, *description.oddities),
     )
     return _with_config(plan, description)
@@ -241,7 +250,8 @@ def restore_plan(manifest: Manifest, id: str, max_shard_size: int) -> Plan:
 
     items.sort(key=first)
     groups = [{entry.name: entry.spec for entry in item.made} for item in items]
-    shards, placed = place(groups, max_shard_size)
+    names = {name for group in groups for name in group}
+    shards, placed = place(groups, max_shard_size, made.source.metadata, names)
     check_names(shards, [file.name for file in made.side_files])
     return Plan(
         kind="restored",

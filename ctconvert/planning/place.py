@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from ctconvert.errors import BadInputError
@@ -15,7 +15,10 @@ Placed = dict[str, TensorEntry]
 
 
 def place(
-    groups: Iterable[Mapping[str, TensorSpec]], limit: int
+    groups: Iterable[Mapping[str, TensorSpec]],
+    limit: int,
+    metadata: Mapping[str, Mapping[str, str]],
+    names: Container[str],
 ) -> tuple[tuple[Shard, ...], Placed]:
     """Fills shards in order, up to ``limit`` bytes of tensors each.
 
@@ -23,6 +26,9 @@ def place(
         groups: the tensors of each unit of work by full name; they stay together, so a group
             larger than the limit stands alone.
         limit: bytes.
+        metadata: what the headers of the source's files hold, by file.
+        names: the source's tensors; metadata that names one is an alias of it (of tied tensors) and
+            goes where it lies.
 
     Returns:
         the shards, and every tensor by name.
@@ -47,19 +53,28 @@ def place(
             size = 0
         shards[-1].extend(group.items())
         size += nbytes
+    known: dict[str, str] = {}
+    for found in metadata.values():
+        known = {**found, **known}
     made: list[Shard] = []
     placed: Placed = {}
     for index, tensors in enumerate(shards, 1):
         # most aligned first, as safetensors writes them, so that every tensor is aligned
         tensors.sort(key=lambda item: -DTYPE_BITS[item[1].dtype])
-        header, offsets = build_header(tensors)
+        here = {name for name, _ in tensors}
+        own = {
+            key: value
+            for key, value in known.items()
+            if (key, value) != ("format", "pt") and (value not in names or value in here)
+        }
+        header, offsets = build_header(tensors, own)
         file = f"model-{index:05}-of-{len(shards):05}.safetensors"
         if len(shards) == 1:
             file = "model.safetensors"
         for (name, spec), offset in zip(tensors, offsets, strict=True):
             placed[name] = TensorEntry(name, file, offset, spec)
         total = len(header) + sum(spec.nbytes for _, spec in tensors)
-        made.append(Shard(file, total, tuple(name for name, _ in tensors)))
+        made.append(Shard(file, total, tuple(name for name, _ in tensors), own))
     return tuple(made), placed
 
 

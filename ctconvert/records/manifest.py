@@ -140,7 +140,8 @@ def _contradiction(manifest: Manifest) -> str | None:
         return f"files do not list {missing[0]}"
     sizes = {record.name: record.size for record in manifest.files}
     for shard in plan.shards:
-        header, offsets = build_header([(name, entries[name].spec) for name in shard.tensors])
+        specs = [(name, entries[name].spec) for name in shard.tensors]
+        header, offsets = build_header(specs, shard.metadata)
         if [entries[name].offset for name in shard.tensors] != offsets:
             return f"the tensors of {shard.name} do not lie where its header says"
         end = len(header) + sum(entries[name].nbytes for name in shard.tensors)

@@ -18,8 +18,9 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the user asked for; all of it shapes the bytes of the output.
 
     ``target`` is None for a restored checkpoint, which is made for nothing but itself.
-    ``overrides`` are (pattern, layout), the first that matches a module deciding. ``dtype`` is that
-    of the activations, for layouts whose bytes depend on it; a plan's is what config.json says
+    ``include`` and ``exclude`` are patterns of modules to convert, and of others to leave as they
+    are. ``overrides`` are (pattern, layout), the first that matches a module deciding. ``dtype`` is
+    that of the activations, for layouts whose bytes depend on it; a plan's is what config.json says
     where the user says nothing, None where that is neither of them.
     """
 
@@ -27,6 +28,8 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
     dtype: Literal["bfloat16", "float16"] | None = None
     fuse: bool = False
     keep_unsupported: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     overrides: tuple[tuple[str, str], ...] = ()
     max_shard_size: Count = 5_000_000_000
 
@@ -219,12 +222,16 @@ class Refusal(Struct, frozen=True):
         return text.replace("\n", "\\n")
 
 
-class Shard(Struct, frozen=True):
-    """An output file: its size, and its tensors by name in file order."""
+class Shard(Struct, frozen=True, omit_defaults=True):
+    """An output file: its size, and its tensors by name in file order.
+
+    ``metadata`` is what its header holds under ``__metadata__``, beside ``format: pt``.
+    """
 
     name: str
     size: Size
     tensors: tuple[str, ...]
+    metadata: dict[str, str] = {}
 
 
 class SourceFile(Struct, frozen=True):
@@ -288,7 +295,8 @@ class Plan(Struct, frozen=True, kw_only=True, omit_defaults=True, dict=True):
 
     def header(self, shard: Shard) -> bytes:
         """The leading bytes of a shard."""
-        return build_header([(name, self.entries[name].spec) for name in shard.tensors])[0]
+        specs = [(name, self.entries[name].spec) for name in shard.tensors]
+        return build_header(specs, shard.metadata)[0]
 
     @property
     def tensor_bytes(self) -> int:

@@ -203,14 +203,20 @@ def _parse_entry(
     return TensorEntry(name, file, start + begin, spec)
 
 
-def build_header(tensors: Sequence[tuple[str, TensorSpec]]) -> tuple[bytes, list[int]]:
+def build_header(
+    tensors: Sequence[tuple[str, TensorSpec]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[int]]:
     """The leading bytes of a file that holds ``tensors`` in their order, and their offsets.
+
+    Args:
+        tensors: names and specs.
+        metadata: of the header, beside ``format: pt``.
 
     Returns:
         the length prefix and the JSON, padded with spaces so that the data starts at a multiple
         of 8, and the absolute offset of each tensor.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     begins = []
     position = 0
     for name, spec in tensors:

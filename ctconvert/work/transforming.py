@@ -86,8 +86,9 @@ class RestoreJob(PartJob):
                         for local, tensor in tensors.items():
                             name = source.tensors[local].name
                             if name not in writers:
+                                own = None if local in source.shared else expert
                                 writers[name] = self._writer(
-                                    context, outputs[name], source.experts, expert
+                                    context, outputs[name], source.experts, own
                                 )
                             writers[name].put(raw_bytes(tensor))
                         del tensors, tensor

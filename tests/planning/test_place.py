@@ -16,11 +16,11 @@ BYTES = TensorSpec("U8", (100,))
 
 
 def names(groups: list[dict[str, TensorSpec]], limit: int) -> list[tuple[str, ...]]:
-    return [shard.tensors for shard in place(groups, limit)[0]]
+    return [shard.tensors for shard in place(groups, limit, {}, ())[0]]
 
 
 def test_one_shard_has_the_plain_name() -> None:
-    shards, placed = place([{"a": BYTES}, {"b": BYTES}], 200)
+    shards, placed = place([{"a": BYTES}, {"b": BYTES}], 200, {}, ())
     assert [shard.name for shard in shards] == ["model.safetensors"]
     assert placed["b"].offset - placed["a"].offset == 100
     assert shards[0].size == placed["b"].end
@@ -30,7 +30,7 @@ def test_shards_are_filled_in_order() -> None:
     groups = [{"a": BYTES}, {"b": BYTES}, {"c": BYTES}]
     assert names(groups, 299) == [("a", "b"), ("c",)]
     assert names(groups, 300) == [("a", "b", "c")]
-    shards, placed = place(groups, 100)
+    shards, placed = place(groups, 100, {}, ())
     assert [shard.name for shard in shards] == [
         f"model-0000{index}-of-00003.safetensors" for index in (1, 2, 3)
     ]
@@ -49,7 +49,7 @@ def test_every_tensor_is_aligned() -> None:
         "i64": TensorSpec("I64", (1,)),
         "bf16": TensorSpec("BF16", (1,)),
     }
-    (shard,), placed = place([group], 1000)
+    (shard,), placed = place([group], 1000, {}, ())
     assert shard.tensors == ("i64", "f32", "bf16", "u8")
     for entry in placed.values():
         assert entry.offset % (DTYPE_BITS[entry.spec.dtype] // 8) == 0
@@ -57,7 +57,7 @@ def test_every_tensor_is_aligned() -> None:
 
 def test_a_name_twice_is_an_error() -> None:
     with pytest.raises(BadInputError, match="named a; the source already holds"):
-        place([{"a": BYTES}, {"a": BYTES}], 1000)
+        place([{"a": BYTES}, {"a": BYTES}], 1000, {}, ())
 
 
 def test_headers_and_index_agree_with_the_places() -> None:
@@ -77,3 +77,15 @@ def test_headers_and_index_agree_with_the_places() -> None:
     index = index_of(plan.shards, plan.entries)
     assert index["weight_map"] == {name: entry.file for name, entry in plan.entries.items()}
     assert index["metadata"]["total_size"] == sum(e.nbytes for e in plan.entries.values())
+
+
+def test_metadata_is_kept_and_aliases_go_where_their_tensor_lies() -> None:
+    metadata = {
+        "a.safetensors": {"format": "pt", "producer": "x", "lm_head.weight": "a"},
+        "b.safetensors": {"format": "pt", "other": "b", "gone": "c", "producer": "y"},
+    }
+    shards, _ = place([{"a": BYTES}, {"b": BYTES}], 100, metadata, {"a", "b", "c"})
+    assert [shard.metadata for shard in shards] == [
+        {"producer": "x", "lm_head.weight": "a"},
+        {"producer": "x", "other": "b"},
+    ]

@@ -17,7 +17,7 @@ from support.builders import (
 )
 from support.memory import described, planned
 
-from ctconvert.errors import BadInputError
+from ctconvert.errors import BadInputError, UsageError
 from ctconvert.formats.quantization.names import other_names
 from ctconvert.planning.make import refuse
 
@@ -224,3 +224,30 @@ def test_rotations_of_weights_are_in_them(location: str | None) -> None:
     assert bool(found.reason) is online
     if online:
         assert "R1" in found.reason and str(location or "no location") in found.reason
+
+
+def test_patterns_choose_what_is_converted() -> None:
+    tensors = packed(UP) | packed(DOWN) | packed("model.layers.1.mlp.up_proj")
+    some = planned(tensors, config_of(W4), "triton", include=("*.up_proj",), exclude=("*.1.*",))
+    assert [item.name for item in some.modules] == [UP]
+    assert {item.module: item.reason for item in some.kept} == {
+        DOWN: "no --include means it",
+        "model.layers.1.mlp.up_proj": "--exclude *.1.* means it",
+    }
+    assert len(some.copies) == 6 and not some.refusals
+    for options in ({"include": ("*.q_proj",)}, {"exclude": ("re:.*q_proj",)}):
+        with pytest.raises(UsageError, match="no quantised module has such a name"):
+            planned(tensors, config_of(W4), "triton", **options)
+    with pytest.raises(UsageError, match="leave no quantised module"):
+        planned(tensors, config_of(W4), "triton", exclude=("*",))
+
+
+def test_what_is_left_out_is_not_joined_and_may_be_faulty() -> None:
+    gate = "model.layers.0.mlp.gate_proj"
+    tensors = packed(UP) | packed(gate) | packed(DOWN)
+    tensors[f"{DOWN}.weight_scale"] = torch.rand(64, 4)
+    plan = planned(
+        tensors, config_of(W4), "triton", fuse=True, exclude=("*gate_proj", "*down_proj")
+    )
+    assert [item.name for item in plan.modules] == [UP]
+    refuse(plan)
