@@ -260,6 +260,11 @@ def verify(
         raise UsageError("--independent compares with a source; name it by --against MODEL")
     shown, executor = progress or Silent(), _executor(workers)
     output = Output.open(out)
+    if independent and output.plan.kind == "restored":
+        raise UsageError(
+            f"{out} is a restored checkpoint, whose tensors --against compares as they are; "
+            "--independent is for converted ones"
+        )
     found = verify_output(output, executor, shown)
     if against is not None:
         checkpoint = Checkpoint(open_store(str(against), download=True))

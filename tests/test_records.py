@@ -333,6 +333,12 @@ def converted(manifest: dict[str, Any]) -> tuple[Any, ...]:
     return "plan", "items", index
 
 
+@pytest.mark.parametrize("text", ["a\nb", "\r", "\x1b[2J", "\u2028"])
+def test_what_a_field_holds_is_told_in_one_line(manifest: dict[str, Any], text: str) -> None:
+    for place in (("plan", "items", 0, "type"), ("plan", "kind"), ("tool", "name")):
+        assert text not in refused(signed(with_place(manifest, place, text)))
+
+
 def test_fields_that_do_not_fit_each_other(manifest: dict[str, Any]) -> None:
     tensors = dict(manifest["tensors"])
     name = next(iter(tensors))

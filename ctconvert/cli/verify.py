@@ -61,10 +61,14 @@ def _print(sink: Sink, found: Verified, out: Path, source: str | None) -> None:
     )
     if found.against is not None:
         compared = found.against
-        sink.line(
-            f"{out}: ok, {compared.modules} modules hold the codes and scales of "
-            f"{source} bit for bit, and {compared.copied_tensors} tensors are its own"
-        )
+        tensors = f"{compared.copied_tensors} tensors are"
+        if compared.modules:
+            sink.line(
+                f"{out}: ok, {compared.modules} modules hold the codes and scales of "
+                f"{source} bit for bit, and {tensors} its own"
+            )
+        else:
+            sink.line(f"{out}: ok, {tensors} those of {source} bit for bit")
     if found.independent is not None:
         judged = found.independent
         sink.line(

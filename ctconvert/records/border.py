@@ -29,6 +29,11 @@ def from_json(data: bytes, kind: type[T], where: str) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
-        raise VerificationError(f"{where}: damaged: {error}") from None
+        # msgspec's message repeats what the field holds, as it is
+        text = "".join(
+            char if char.isprintable() else char.encode("unicode_escape").decode()
+            for char in str(error)
+        )
+        raise VerificationError(f"{where}: damaged: {text}") from None
     except (ValueError, RecursionError) as error:
         raise VerificationError(f"{where}: damaged: not valid JSON ({error})") from None

@@ -289,6 +289,13 @@ class Plan(Struct, frozen=True, kw_only=True, omit_defaults=True, dict=True):
         return [item for item in self.items if isinstance(item, Copy)]
 
     @cached_property
+    def restored(self) -> list[SourceModule]:
+        """The source modules that a restored checkpoint holds again, each once."""
+        items = [item for item in self.items if isinstance(item, Restore)]
+        sources = [s for item in items for module in item.modules for s in module.sources]
+        return list({source.name: source for source in sources}.values())
+
+    @cached_property
     def entries(self) -> dict[str, TensorEntry]:
         """Every tensor of the output by name."""
         return {entry.name: entry for item in self.items for entry in item.made}

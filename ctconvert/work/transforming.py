@@ -10,13 +10,14 @@ from functools import partial
 import torch
 
 from ctconvert import codec, records
-from ctconvert.errors import ConversionError
+from ctconvert.errors import ConversionError, VerificationError
 from ctconvert.planning.memory import comparison_bytes, item_bytes
+from ctconvert.specs import TensorSpec
 from ctconvert.store.base import Store
-from ctconvert.store.safetensors import TensorEntry
+from ctconvert.store.safetensors import TensorEntry, total_bytes
 from ctconvert.transforms.device import is_out_of_memory, resolve
 from ctconvert.transforms.dtypes import from_bytes, raw_bytes
-from ctconvert.work.jobs import Context, Done, PartJob, TensorWriter, copy_tensors, written
+from ctconvert.work.jobs import Context, Done, Job, PartJob, TensorWriter, copy_tensors, written
 
 
 def read_tensor(store: Store, entry: TensorEntry) -> torch.Tensor:
@@ -124,6 +125,44 @@ class RestoreJob(PartJob):
                 rows = TensorEntry(joined.name, joined.file, offset, output.spec)
                 hashes[output.name] = copy_tensors(context, [rows], output)
                 offset += output.nbytes
+
+
+@dataclass(frozen=True)
+class CompareSourcesJob(Job):
+    """A source module that must hold the weights of another, if not the same bytes.
+
+    Two 2:4 sparse modules may differ in which zeros they keep.
+    """
+
+    made: records.SourceModule
+    original: records.SourceModule
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.made.name
+
+    def run(self, context: Context) -> Done:
+        assert context.against is not None
+        spec, count = self.made.weight, self.made.experts or 1
+        dense = TensorSpec(spec.element, (spec.n, spec.k)).nbytes
+        whole = [e for local, e in self.original.tensors.items() if local not in self.made.values]
+        share = total_bytes(whole) // count
+        reads = [partial(read_tensor, store) for store in (context.source, context.against)]
+        device = resolve(context.device)
+        with _out_of_memory(self.name, context.device):
+            for expert in [None] if self.made.experts is None else range(count):
+                context.check_running()
+                with context.budget.hold(2 * (self.made.nbytes // count + dense)):
+                    made, original = (
+                        codec.source_weight(source, expert, read, device)
+                        for source, read in zip((self.made, self.original), reads, strict=True)
+                    )
+                    if wrong := codec.first_difference(original, made):
+                        raise VerificationError(
+                            f"module {self.name}: {wrong} differs from the source's"
+                        )
+                context.progress.advance(share)
+        return Done(self)
 
 
 @dataclass(frozen=True)

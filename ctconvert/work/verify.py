@@ -12,9 +12,9 @@ from ctconvert.planning.describe import describe
 from ctconvert.planning.make import joined_rows
 from ctconvert.planning.memory import budget, dense_bytes
 from ctconvert.progress import Progress
-from ctconvert.records import Compared, Convert, Judged, SourceModule, Verified
+from ctconvert.records import Compared, Judged, SourceModule, Verified
 from ctconvert.specs import differing_field
-from ctconvert.store.checkpoint import Checkpoint
+from ctconvert.store.checkpoint import CONFIG, Checkpoint
 from ctconvert.store.safetensors import TensorEntry, total_bytes
 from ctconvert.work.executors import Executor
 from ctconvert.work.jobs import CompareBytesJob, Context, HashJob, Job
@@ -109,8 +109,11 @@ def verify_against(
 ) -> Compared:
     """Inverts every layout of an output and compares it with the source, bit for bit.
 
+    Of a restored checkpoint there is nothing to invert: its tensors and its config.json must be the
+    source's to the byte, and 2:4 sparse weights the same as dense ones.
+
     Args:
-        output: a converted checkpoint.
+        output: a converted or restored checkpoint.
         checkpoint: what it was made from.
         executor: what runs the comparisons.
         progress: told of source bytes done.
@@ -120,7 +123,9 @@ def verify_against(
             too many; the message names the module or the tensor.
         ConversionError: the output or the source is no longer the one that was opened.
     """
-    jobs = _comparisons(output, checkpoint)
+    restored = output.plan.kind == "restored"
+    jobs = (_restored_comparisons if restored else _comparisons)(output, checkpoint)
+    copied = sum(isinstance(job, CompareBytesJob) for job in jobs)
     total = total_bytes(checkpoint.tensors.values())
     progress.phase("comparing", total)
     context = Context(
@@ -136,8 +141,8 @@ def verify_against(
     return Compared(
         checkpoint=output.where,
         source=checkpoint.store.where,
-        modules=len(output.plan.modules),
-        copied_tensors=len(output.plan.copies),
+        modules=len(jobs) - copied if restored else len(output.plan.modules),
+        copied_tensors=copied if restored else len(output.plan.copies),
         source_bytes=total,
     )
 
@@ -169,7 +174,7 @@ def _comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
                     f"module {item.name}: its part {recorded.name} is no quantised module of "
                     f"{where}{why}"
                 )
-            _check_same(item, recorded, module.source, where)
+            _check_same(item.name, recorded, module.source, where)
             sources.append(module.source)
             covered |= {entry.name for entry in module.source.tensors.values()}
             covered |= {entry.name for entry in module.source.beside.values()}
@@ -189,17 +194,46 @@ def _comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
     return jobs
 
 
-def _check_same(item: Convert, recorded: SourceModule, found: SourceModule, where: str) -> None:
+def _restored_comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
+    """What must be compared of a restored checkpoint: every tensor of it."""
+    from ctconvert.work.transforming import CompareSourcesJob
+
+    where, made = checkpoint.store.where, output.plan.entries
+    if output.plan.config != checkpoint.config_text:
+        raise VerificationError(f"{output.store.path(CONFIG)} is not the one of {where}")
+    if missing := checkpoint.tensors.keys() - made.keys():
+        raise VerificationError(f"tensor {min(missing)} of {where} is missing")
+    if over := made.keys() - checkpoint.tensors.keys():
+        raise VerificationError(f"tensor {min(over)}: not in {where}")
+    jobs: list[Job] = []
+    rest = dict(made)
+    modules = describe(checkpoint).modules
+    for source in output.plan.restored:
+        if not source.weight.sparse:
+            continue
+        module = modules.get(source.name)
+        if module is None or module.source is None:
+            raise VerificationError(f"module {source.name}: no quantised module of {where}")
+        _check_same(source.name, source, module.source, where)
+        places = {local: made[entry.name] for local, entry in source.tensors.items()}
+        jobs.append(CompareSourcesJob(replace(source, tensors=places), module.source))
+        for local in places.keys() - source.values.keys():
+            del rest[places[local].name]
+    jobs += [_bytes(entry, [checkpoint.tensors[name]]) for name, entry in rest.items()]
+    return jobs
+
+
+def _check_same(name: str, recorded: SourceModule, found: SourceModule, where: str) -> None:
     """The same codes can mean other weights; raises VerificationError where they would."""
     if field := differing_field(recorded.weight, found.weight):
         have, want = getattr(recorded.weight, field), getattr(found.weight, field)
         raise VerificationError(
-            f"module {item.name}: {field} of {recorded.name} is {have} in the output and "
+            f"module {name}: {field} of {recorded.name} is {have} in the output and "
             f"{want} in {where}"
         )
     if recorded.experts != found.experts or recorded.beside.keys() != found.beside.keys():
         raise VerificationError(
-            f"module {item.name}: {recorded.name} of {where} holds other tensors or experts"
+            f"module {name}: {recorded.name} of {where} holds other tensors or experts"
         )
 
 

@@ -12,7 +12,7 @@ from support.models import repack, write_model
 from support.stores import Plain
 
 from ctconvert import api
-from ctconvert.errors import ConversionError, UsageError
+from ctconvert.errors import ConversionError, UsageError, VerificationError
 from ctconvert.runtime import proof
 from ctconvert.store.places import exchange
 from ctconvert.work import build
@@ -102,7 +102,7 @@ def test_its_kernels_are_not_run_in_the_place_of_the_one_before(
 
 def test_it_is_verified_as_it_was_opened(converted: Path, other: Path) -> None:
     progress = Meanwhile("verifying", lambda: exchange(converted, other))
-    with pytest.raises(Exception, match=r"changed|damaged"):
+    with pytest.raises((ConversionError, VerificationError), match=r"changed|damaged"):
         api.verify(converted, progress=progress, workers=1)
 
 

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from support.builders import config_of, group_config, sparse24, write_checkpoint
 from support.executors import Inline
 from support.models import module_name, plan_of, repack, restore
+from support.reference import load_tensors
 from support.stores import MemoryStore, Plain, files_of
+from support.tamper import flip_bit
 
 from ctconvert import api
 from ctconvert.errors import UsageError, VerificationError
@@ -18,6 +23,7 @@ from ctconvert.output import Output
 from ctconvert.progress import Silent
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.local import LocalStore
+from ctconvert.transforms.dtypes import same_bits
 from ctconvert.work.verify import verify_against, verify_output
 
 if TYPE_CHECKING:
@@ -191,3 +197,87 @@ def test_a_tensor_that_was_copied_is_compared_too(place: Place, converted: Path,
         file.write(b"\x99")
     with pytest.raises(VerificationError, match=f"tensor {name} differs"):
         api.verify(converted, against=place.model, workers=1)
+
+
+# --- a restored checkpoint against a source ------------------------------------------------------
+
+
+def test_what_was_restored_is_compared_byte_for_byte(place: Place, converted: Path) -> None:
+    restore(converted, place.out)
+    progress = Plain()
+    found = api.verify(place.out, against=place.model, workers=1, progress=progress).against
+    assert found is not None and (found.modules, found.copied_tensors) == (0, 20)
+    assert progress.done == sum(total for _, total in progress.phases)
+    with pytest.raises(UsageError, match="restored"):
+        api.verify(place.out, against=place.model, independent=True, workers=1)
+    output = Output.open(place.out)
+    for entry in output.plan.entries.values():
+        with flip_bit(place.out, entry.name, entry.nbytes - 1, bit=7):
+            api.verify(place.out, workers=1)
+            with pytest.raises(VerificationError, match=f"tensor {entry.name} differs"):
+                api.verify(place.out, against=place.model, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tensors: tensors.pop("lm_head.weight"), "lm_head.weight"),
+        (lambda tensors: tensors.update({"more": torch.ones(2)}), "more"),
+        (lambda tensors: tensors.update({"lm_head.weight": torch.ones(64, 32)}), "lm_head.weight"),
+        (
+            lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].double()}),
+            "lm_head.weight",
+        ),
+    ],
+)
+def test_what_was_restored_has_the_tensors_of_its_source(
+    place: Place, converted: Path, change: Callable[[dict[str, torch.Tensor]], object], says: str
+) -> None:
+    restore(converted, place.out)
+    tensors = load_tensors(place.model)
+    change(tensors)
+    (place.model / "model.safetensors.index.json").unlink()
+    for path in place.model.glob("*.safetensors"):
+        path.unlink()
+    save_file(tensors, place.model / "model.safetensors")
+    with pytest.raises(VerificationError, match=f"tensor {says}"):
+        api.verify(place.out, against=place.model, workers=1)
+
+
+def test_what_was_restored_has_the_config_of_its_source(place: Place, converted: Path) -> None:
+    restore(converted, place.out)
+    config = place.model / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(VerificationError, match=r"config\.json.* not .*model"):
+        api.verify(place.out, against=place.model, workers=1)
+
+
+def test_sparse_weights_that_were_restored_are_compared_as_weights(tmp_path: Path) -> None:
+    """The sign of zeros, and which zero is kept, may differ; nothing else."""
+    name = "model.layers.0.mlp.down_proj"
+    made = sparse24(64, 128, group_config(None, format="sparse-24-bitmask"), 1)
+    config = config_of(group_config(None)) | {
+        "format": "sparse-24-bitmask",
+        "config_groups": {},
+        "sparsity_config": {
+            "format": "sparse-24-bitmask",
+            "targets": ["Linear"],
+            "ignore": ["lm_head"],
+            "sparsity_structure": "2:4",
+        },
+    }
+    tensors = {f"{name}.{local}": tensor for local, tensor in made.items()}
+    tensors[f"{name}.compressed"][3, 5] = -0.0
+    source = write_checkpoint(tmp_path / "model", tensors | {"norm.weight": torch.ones(4)}, config)
+    api.repack(source, tmp_path / "out", target="cuda", device="cpu", workers=1)
+    back = tmp_path / "back"
+    api.restore(tmp_path / "out", back, device="cpu", workers=1)
+    assert not same_bits(load_tensors(back)[f"{name}.compressed"], tensors[f"{name}.compressed"])
+    progress = Plain()
+    found = api.verify(back, against=source, workers=1, progress=progress).against
+    assert found is not None and (found.modules, found.copied_tensors) == (1, 2)
+    assert progress.done == sum(total for _, total in progress.phases)
+    for local, says in (("compressed", f"module {name}: codes"), ("shape", "shape")):
+        wrong = pytest.raises(VerificationError, match=says)
+        with flip_bit(back, f"{name}.{local}", 8, bit=6), wrong:
+            api.verify(back, against=source, workers=1)
