@@ -13,7 +13,18 @@ import pytest
 import torch
 from conftest import GPU
 
-from ctconvert.transforms import dispatch, marlin, packed, shapes, sparse24, threads
+from ctconvert.transforms import (
+    cpu,
+    dispatch,
+    marlin,
+    nvfp4,
+    packed,
+    shapes,
+    sparse24,
+    threads,
+    w4a8_fp8,
+)
+from ctconvert.transforms.cpu.sums import byte_sums
 
 PACKAGES = (packed, marlin, sparse24)
 N, K = 64, 128
@@ -122,6 +133,56 @@ def test_any_autograd_mode(
     first = made if isinstance(made, torch.Tensor) else made[0]
     if mode is not torch.inference_mode:
         first.view(torch.uint8).add_(1)  # a normal tensor, which the caller may write to
+
+
+def reordered() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
+    """The transforms of engines' own layouts, of several blocks each, and arguments for them."""
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.randint(0, 127, (320, 1030), generator=generator, dtype=torch.uint8)
+    packed_scales, lost = nvfp4.nvfp4_pack_scales(scales, 0)
+    words = torch.randint(-(1 << 31), 1 << 31, (512, 256), generator=generator).int()
+    zeros = torch.randint(0, 16, (512, 16), generator=generator, dtype=torch.uint8)
+    n, k = 512, 2048
+    return {
+        "nvfp4_pack_scales": (nvfp4.nvfp4_pack_scales, [scales, 0]),
+        "nvfp4_unpack_scales": (nvfp4.nvfp4_unpack_scales, [packed_scales, lost, 0]),
+        "tile_scales": (nvfp4.tile_scales, [scales]),
+        "untile_scales": (nvfp4.untile_scales, [nvfp4.tile_scales(scales)]),
+        "w4a8_fp8_pack": (w4a8_fp8.w4a8_fp8_pack, [words]),
+        "w4a8_fp8_unpack": (w4a8_fp8.w4a8_fp8_unpack, [w4a8_fp8.w4a8_fp8_pack(words), n, k]),
+        "cpu_w4a8_pack": (cpu.cpu_w4a8_pack, [words, zeros]),
+        "cpu_w4a8_unpack": (cpu.cpu_w4a8_unpack, [cpu.cpu_w4a8_pack(words, zeros), zeros, n, k]),
+        "cpu_int8_pack": (cpu.cpu_int8_pack, [words.view(torch.int8)]),
+        "byte_sums": (byte_sums, [words.view(torch.int8)]),
+    }
+
+
+REORDERED = reordered()
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, contextlib.nullcontext])
+@pytest.mark.parametrize("name", REORDERED)
+def test_shared_among_threads(
+    monkeypatch: pytest.MonkeyPatch, name: str, mode: Callable[[], Any]
+) -> None:
+    transform, arguments = REORDERED[name]
+    expected = transform(*arguments)
+    with torch.inference_mode():
+        inference = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    shares: list[int] = []
+    run = threads._run
+
+    def counted(work: Any, share: Any) -> None:
+        shares.append(len(share))
+        run(work, share)
+
+    with monkeypatch.context() as patch, mode():
+        patch.setattr(threads, "THREADED_BYTES", 1)
+        patch.setattr(threads, "_run", counted)
+        patch.setattr(torch, "get_num_threads", lambda: 3)
+        assert same(transform(*arguments), expected)
+        assert same(transform(*inference), expected)
+    assert len(shares) >= 4 and all(shares)
 
 
 def test_large_weights_in_inference_mode() -> None:

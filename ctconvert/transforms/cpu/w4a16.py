@@ -11,8 +11,8 @@ from ctconvert.transforms.reorder import Order
 def cpu_w4a16_pack(words: torch.Tensor) -> torch.Tensor:
     """K-packed codes i32 [N, K/8] to i32 [N/16, 2*K].
 
-    Safe to call from several threads; on the CPU it runs in the calling one. Raises ValueError for
-    another dtype or rank, or unless N % 32 == K % 32 == 0.
+    Safe to call from several threads. Raises ValueError for another dtype or rank, or unless
+    N % 32 == K % 32 == 0.
     """
     reorder.check_words(words, None, "words")
     n, k = words.shape[0], words.shape[1] * 8

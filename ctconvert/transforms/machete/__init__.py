@@ -48,8 +48,8 @@ def check_shape(n: int, k: int) -> None:
 def machete_pack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """K-packed codes i32 [N, K/f] to prepacked memory i32 [K*b/32, N].
 
-    Safe to call from several threads; on the CPU it runs in the calling one. Raises ValueError for
-    another dtype, rank or width than 4 and 8, or unless N % 128 == 0 and K % 64 == 0.
+    Safe to call from several threads. Raises ValueError for another dtype, rank or width than 4 and
+    8, or unless N % 128 == 0 and K % 64 == 0.
     """
     reorder.check_bits(bits)
     reorder.check_words(words, None, "words")

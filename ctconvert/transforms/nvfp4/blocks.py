@@ -7,20 +7,20 @@ a group's number for three bits of the row's; what is left is a transpose of wor
     before: planes [n5, n4, n3, run, n2 n1 n0, word],  byte (g2 g1 g0)
     after:  planes [g2, g0, g1, run, n2 n1 n0, word],  byte (n5 n3 n4)
 
-Torch runs an elementwise op of at most 32768 elements in the calling thread; every op on a block
-stays under it, so that threads never wait for one another's OpenMP teams.
+Blocks are shared among threads, see :mod:`ctconvert.transforms.threads`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+
+from ctconvert.transforms.threads import GRAIN, slices, spread
 
 _RUN = 64
 _GREATEST = 246  # 448
 _LANES = 8
-_GRAIN = 32768
 # Words of a row in a block: rows of a whole number of cache lines, and a TLB's worth of them after.
 _WIDTH = 64
 
@@ -33,11 +33,17 @@ def pack_scales(raw: torch.Tensor, power: int) -> tuple[torch.Tensor, torch.Tens
     n, groups = raw.shape
     lost = raw.new_zeros((n, -(-groups // 2)))
     smallest = _smallest_kept(power)  # a power of two: what is not less becomes 0
-    for rows in _row_chunks(n, groups):
-        flushed = raw[rows].clamp(max=smallest).bitwise_and_(smallest - 1)
-        if int(flushed.max()):
-            lost[rows] = flushed[:, ::2]
-            lost[rows, : groups // 2] |= flushed[:, 1::2] << 4
+
+    def flush(parts: Sequence[slice]) -> None:
+        for rows in parts:
+            flushed = raw[rows].clamp(max=smallest).bitwise_and_(smallest - 1)
+            if int(flushed.max()):
+                if groups % 2:
+                    flushed = torch.nn.functional.pad(flushed, (0, 1))
+                pairs = flushed.view(torch.int16)  # of fields under 8: what is shifted out is 0
+                lost[rows] = pairs.bitwise_or_(pairs >> 4)
+
+    spread(flush, _row_chunks(n, groups), raw.nbytes)
     return _tiled(raw, _changer(_e5m3_bytes(power), 8, _offset(power))), lost
 
 
@@ -49,11 +55,16 @@ def unpack_scales(packed: torch.Tensor, lost: torch.Tensor, power: int) -> torch
         if made:
             back[made] = byte
     raw = _untiled(packed, _changer(back, _offset(power) + 8, -_offset(power)))
-    for rows in _row_chunks(n, groups):
-        nibbles = lost[rows]
-        if int(nibbles.max()):
-            raw[rows, ::2] |= nibbles & 15
-            raw[rows, 1::2] |= nibbles[:, : groups // 2] >> 4
+
+    def fill(parts: Sequence[slice]) -> None:
+        for rows in parts:
+            nibbles = lost[rows]
+            if int(nibbles.max()):
+                pairs = nibbles.to(torch.int16)
+                pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F)
+                raw[rows] |= pairs.view(torch.uint8)[:, :groups]
+
+    spread(fill, _row_chunks(n, groups), raw.nbytes)
     return raw
 
 
@@ -98,7 +109,7 @@ def _changer(values: list[int], lowest: int, shift: int) -> _Change:
     zeros = not any(values[:lowest])
 
     def change(bytes_: torch.Tensor) -> None:
-        for chunk in bytes_.split(_GRAIN):
+        for chunk in bytes_.split(GRAIN):
             if int(chunk.min()) >= lowest:
                 chunk.add_(shift & 255)
             elif zeros:
@@ -121,11 +132,15 @@ def _tiled(raw: torch.Tensor, change: _Change) -> torch.Tensor:
     words = _words(raw, 1)
     made = raw.new_empty((words.shape[1] * _LANES, n))
     target = made.view(torch.int64)
-    for rows, columns, block in _blocks(*words.shape):
-        block.planes.copy_(block.shaped(words[rows, columns]))
-        change(block.bytes)
-        block.exchange(_EXCHANGES)
-        _places(target, rows, columns).copy_(block.placed)
+
+    def work(parts: Sequence[tuple[slice, slice]]) -> None:
+        for rows, columns, block in _with_scratch(parts):
+            block.planes.copy_(block.shaped(words[rows, columns]))
+            change(block.bytes)
+            block.exchange(_EXCHANGES)
+            _places(target, rows, columns).copy_(block.placed)
+
+    spread(work, _blocks(*words.shape), raw.nbytes)
     return made[:groups]
 
 
@@ -136,11 +151,15 @@ def _untiled(tiled: torch.Tensor, change: _Change) -> torch.Tensor:
     source = _words(tiled, 0)
     made = tiled.new_empty((n, source.shape[0]))
     words = made.view(torch.int64)
-    for rows, columns, block in _blocks(*words.shape):
-        block.placed.copy_(_places(source, rows, columns))
-        block.exchange(_EXCHANGES[::-1])
-        change(block.bytes)
-        block.shaped(words[rows, columns]).copy_(block.planes)
+
+    def work(parts: Sequence[tuple[slice, slice]]) -> None:
+        for rows, columns, block in _with_scratch(parts):
+            block.placed.copy_(_places(source, rows, columns))
+            block.exchange(_EXCHANGES[::-1])
+            change(block.bytes)
+            block.shaped(words[rows, columns]).copy_(block.planes)
+
+    spread(work, _blocks(*words.shape), tiled.nbytes)
     return made if made.shape[1] == groups else made[:, :groups].contiguous()
 
 
@@ -185,23 +204,27 @@ def _words(raw: torch.Tensor, groups: int) -> torch.Tensor:
     return raw.view(torch.int64)
 
 
-def _blocks(n: int, words: int) -> Iterator[tuple[slice, slice, _Block]]:
-    """Rows and words of each block of [N, words], and its scratch."""
+def _blocks(n: int, words: int) -> list[tuple[slice, slice]]:
+    """Rows and words of each block of [N, words]."""
     width = min(_WIDTH, words)
-    height = _GRAIN // (width * _RUN) * _RUN
+    height = GRAIN // (width * _RUN) * _RUN
+    return [(rows, columns) for columns in slices(words, width) for rows in slices(n, height)]
+
+
+def _with_scratch(
+    parts: Sequence[tuple[slice, slice]],
+) -> Iterator[tuple[slice, slice, _Block]]:
+    """Each block with its scratch."""
     made: dict[tuple[int, int], _Block] = {}
-    for column in range(0, words, width):
-        for row in range(0, n, height):
-            size = min(height, n - row), min(width, words - column)
-            if size not in made:
-                made[size] = _Block(*size)
-            rows, columns = slice(row, row + size[0]), slice(column, column + size[1])
-            yield rows, columns, made[size]
+    for rows, columns in parts:
+        size = rows.stop - rows.start, columns.stop - columns.start
+        if size not in made:
+            made[size] = _Block(*size)
+        yield rows, columns, made[size]
 
 
-def _row_chunks(n: int, groups: int) -> Iterator[slice]:
-    height = max(_GRAIN // max(groups, 1), 1)
-    return (slice(row, row + height) for row in range(0, n if groups else 0, height))
+def _row_chunks(n: int, groups: int) -> list[slice]:
+    return slices(n if groups else 0, GRAIN // max(groups, 1))
 
 
 def _places(words: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:

@@ -11,12 +11,12 @@ CPU tensors take the torch code of this file, CUDA and XPU tensors the Triton ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ctconvert.transforms.reorder import has_kernels
-
-# Words of a block: every op stays in the calling thread (torch's GRAIN_SIZE) and in the L2 cache.
-_BLOCK = 32768
+from ctconvert.transforms.threads import GRAIN, spread
 
 
 def negate_nibbles(words: torch.Tensor) -> None:
@@ -59,9 +59,13 @@ def _recode(words: torch.Tensor, kind: str) -> None:
 
         kernel.recode(words, kind)
         return
-    scratch = torch.zeros((2, min(words.numel(), _BLOCK)), dtype=torch.int32)
-    for block in words.view(-1).split(_BLOCK):
-        _PATHS[kind](block, *scratch[:, : block.numel()])
+
+    def work(blocks: Sequence[torch.Tensor]) -> None:
+        scratch = torch.zeros((2, min(words.numel(), GRAIN)), dtype=torch.int32)
+        for block in blocks:
+            _PATHS[kind](block, *scratch[:, : block.numel()])
+
+    spread(work, words.view(-1).split(GRAIN), words.nbytes)
 
 
 # In each x is changed in place, y and z are scratch, all i32. Shifts and masks are of 64 bits, two

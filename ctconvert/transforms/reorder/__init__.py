@@ -59,8 +59,8 @@ def reorder(words: torch.Tensor, order: Order, out: torch.Tensor | None = None) 
     """K-packed words i32 [N, K/f] to the order's words, i32 and flat, in a new tensor or ``out``.
 
     Where the order has gaps ``out`` is needed, i32, flat and contiguous, and its gaps stay as they
-    are. Safe to call from several threads; on the CPU it runs in the calling thread alone and needs
-    about 512 KiB beside input and output. The caller checks dtype and shape.
+    are. Safe to call from several threads; on the CPU each needs about 512 KiB beside input and
+    output. The caller checks dtype and shape.
     """
     words = words.contiguous()
     out = words.new_empty(order.words) if out is None else out

@@ -7,15 +7,14 @@ exchanges run on whole halves of the planes, and a second copy puts the words in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ctconvert.transforms.reorder.order import FIELDS, Order
+from ctconvert.transforms.threads import GRAIN, slices, spread
 
-# Torch runs an op of at most this many elements in the calling thread (its GRAIN_SIZE). Every op
-# on a block stays under it, so that callers on several threads never wait for one another.
-_GRAIN = 32768
 # 64 bytes more a plane: planes a power of two apart would share the sets of the L1 cache.
 _PADDING = 16
 #: What a run of so many words is copied as.
@@ -75,7 +74,7 @@ class _Planes:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, dim: int) -> None:
-    parts = -(-target.numel() // _GRAIN)
+    parts = -(-target.numel() // GRAIN)
     for to, what in zip(target.chunk(parts, dim), source.chunk(parts, dim), strict=True):
         _copy_part(to, what)
 
@@ -84,35 +83,48 @@ def _copy_part(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source)
 
 
-def _blocks(
-    order: Order, words: torch.Tensor, flat: torch.Tensor
-) -> Iterator[tuple[_Planes, torch.Tensor, torch.Tensor]]:
-    """Every block: its planes, its words in the weight and in the layout."""
+def _spread(
+    order: Order,
+    words: torch.Tensor,
+    flat: torch.Tensor,
+    move: Callable[[_Planes, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Calls ``move`` on every block: its planes, its words in the weight and in the layout."""
     weight = words.as_strided(order.sizes, order.strides, words.storage_offset())
     layout = flat.as_strided(order.sizes, order.places, flat.storage_offset())
-    made: dict[torch.Size, _Planes] = {}
     first, second = order.block
-    for a in range(0, order.sizes[0], first):
-        for b in range(0, order.sizes[1], second):
-            before = weight[a : a + first, b : b + second]
+
+    def work(parts: Sequence[tuple[slice, slice]]) -> None:
+        made: dict[torch.Size, _Planes] = {}
+        for place in parts:
+            before = weight[place]
             if before.shape not in made:
                 made[before.shape] = _Planes(order, before.shape)
-            yield made[before.shape], before, layout[a : a + first, b : b + second]
+            move(made[before.shape], before, layout[place])
+
+    parts = itertools.product(slices(order.sizes[0], first), slices(order.sizes[1], second))
+    spread(work, list(parts), words.nbytes)
 
 
 def reorder(words: torch.Tensor, flat: torch.Tensor, order: Order) -> None:
     """K-packed words i32 [N, K/f] into ``flat``."""
-    for planes, before, after in _blocks(order, words, flat):
+
+    def move(planes: _Planes, before: torch.Tensor, after: torch.Tensor) -> None:
         planes.load(before)
         planes.exchange(backwards=False)
         planes.give(after)
+
+    _spread(order, words, flat, move)
 
 
 def restore(flat: torch.Tensor, words: torch.Tensor, order: Order) -> None:
     """The inverse: ``flat`` into ``words`` i32 [N, K/f]."""
     if flat.storage_offset() % 4:  # it could not be seen as wider elements
         flat = flat.clone()
-    for planes, before, after in _blocks(order, words, flat):
+
+    def move(planes: _Planes, before: torch.Tensor, after: torch.Tensor) -> None:
         planes.take(after)
         planes.exchange(backwards=True)
         planes.store(before)
+
+    _spread(order, words, flat, move)

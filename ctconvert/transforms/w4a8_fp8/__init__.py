@@ -49,8 +49,8 @@ def check_shape(n: int, k: int) -> None:
 def w4a8_fp8_pack(words: torch.Tensor) -> torch.Tensor:
     """K-packed codes i32 [N, K/8] to the kernel's i32 [N, K/8].
 
-    Safe to call from several threads; on the CPU it runs in the calling one. Raises ValueError for
-    another dtype or rank, or unless N % 128 == K % 128 == 0.
+    Safe to call from several threads. Raises ValueError for another dtype or rank, or unless
+    N % 128 == K % 128 == 0.
     """
     from ctconvert.transforms.recode import negate_nibbles
 
@@ -116,8 +116,10 @@ def w4a8_fp8_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     fp8 = torch.float8_e4m3fn
     eighth = ((wide / channel).to(fp8).to(torch.float32) / 8.0).to(fp8)
     table = torch.tensor(_multiples(), dtype=torch.uint8, device=scale.device)
-    packed = table[eighth.t().contiguous().view(torch.uint8).to(torch.int64)]
-    return packed.view(-1).view(fp8), channel * 8.0
+    # Eight bytes at a time: a row of the table is a word.
+    index = eighth.t().contiguous().view(torch.uint8).view(-1).to(torch.int32)
+    packed = table.view(torch.int64).view(-1).index_select(0, index)
+    return packed.view(fp8), channel * 8.0
 
 
 @cache
