@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ctconvert import formats, layouts
-from ctconvert.assembly import Assembly, Concat, Pad, Part, Slice, Stack, assembled
+from ctconvert.assembly import Assembly, Concat, Pad, Part, Slice, Stack, assembled, leaves
 from ctconvert.errors import BadInputError, ConversionError, VerificationError
 from ctconvert.layouts import Layout
 from ctconvert.records import Convert, Restore, SourceModule
@@ -78,10 +78,24 @@ def assemble(
     return axis(inner, assembly.rank * share, (assembly.rank + 1) * share)
 
 
-def encode(item: Convert, unit: int, read: Read, device: torch.device) -> Tensors:
+def common_power(item: Convert, read: Read) -> int | None:
+    """What :func:`encode` needs to know of the scales of all units of a stack; None for nothing."""
+    if item.experts is None:
+        return None
+    layout = find_layout(item.name, item.recipe.layout, item.recipe.layout_version)
+    return layout.common_power(
+        read(item.sources[part.source].entries(part.expert)["weight_scale"])
+        for part in leaves(item.recipe.assembly)
+    )
+
+
+def encode(
+    item: Convert, unit: int, read: Read, device: torch.device, power: int | None = None
+) -> Tensors:
     """One unit of a module, source tensors to kernel tensors by local name, on the CPU.
 
-    The layout is inverted on the spot and must give back every code and scale.
+    ``power`` is :func:`common_power` of the module. The layout is inverted on the spot and must
+    give back every code and scale.
 
     Raises:
         BadInputError: the source's data is damaged.
@@ -90,7 +104,7 @@ def encode(item: Convert, unit: int, read: Read, device: torch.device) -> Tensor
     recipe = item.recipe
     layout = find_layout(item.name, recipe.layout, recipe.layout_version)
     weight = assemble(item.units[unit], item.sources, read, device)
-    weight.spec = recipe.weight
+    weight.spec, weight.power = recipe.weight, power
     try:
         made = layout.encode(weight)
     except ValueError as error:
@@ -162,6 +176,8 @@ def decode(item: Convert, unit: int, read: Read, device: torch.device) -> list[F
                     f"tensor {item.prefix}{local}: {spec_of(tensors[local])}, expected {spec}"
                 )
         weight = layout.decode(tensors, recipe.weight)
+        if item.experts is None:
+            weight.power = None  # its own scales decide
         for local, tensor in layout.encode(weight).items():
             if not same_bits(tensor, tensors[local]):
                 raise VerificationError(
