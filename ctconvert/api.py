@@ -86,7 +86,7 @@ def plan(
     Args:
         model: a directory or a Hub id.
         target: one of ``ctconvert.layouts.TARGETS``.
-        fuse: join q/k/v and gate/up projections.
+        fuse: join q/k/v and gate/up projections; stack experts that are one by one.
         keep_unsupported: copy modules without a layout instead of refusing them.
         layout: layout by module name pattern (glob, or ``re:`` and a regular expression).
         max_shard_size: bytes of tensors in one output file; a module is never split.
