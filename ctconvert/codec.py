@@ -108,7 +108,7 @@ def encode(
     try:
         made = layout.encode(weight)
     except ValueError as error:
-        raise BadInputError(f"module {item.name}: {error}") from None
+        raise BadInputError(f"module {_unit(item, unit)}: {error}") from None
     check_specs(item, layout, made)
     if wrong := first_difference(weight, layout.decode(made, recipe.weight)):
         raise ConversionError(
@@ -186,7 +186,12 @@ def decode(item: Convert, unit: int, read: Read, device: torch.device) -> list[F
                 )
         return list(_fragments(item.units[unit], item.specs, weight, 0, 0))
     except ValueError as error:
-        raise VerificationError(f"module {item.name}: {error}") from None
+        raise VerificationError(f"module {_unit(item, unit)}: {error}") from None
+
+
+def _unit(item: Convert, unit: int) -> str:
+    """For messages: the module, and which of its experts."""
+    return item.name if item.experts is None else f"{item.name} (expert {unit})"
 
 
 def _fragments(
@@ -320,9 +325,8 @@ def compare(item: Convert, unit: int, made: Read, original: Read, device: torch.
         want = cuts.rows(want, fragment.row, fragment.row + have.spec.n)
         want = cuts.columns(want, fragment.column, fragment.column + have.spec.k)
         if wrong := first_difference(want, have):
-            where = f" (expert {unit})" if item.experts is not None else ""
             raise VerificationError(
-                f"module {item.name}{where}: {wrong} of {source.name} differs from the source's"
+                f"module {_unit(item, unit)}: {wrong} of {source.name} differs from the source's"
             )
         share = have.spec.n * have.spec.k / (source.weight.n * source.weight.k)
         count += int(source.nbytes // (source.experts or 1) * share)

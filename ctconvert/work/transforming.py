@@ -40,6 +40,8 @@ def _out_of_memory(name: str, device: str) -> Iterator[None]:
 
 
 def _common_power(context: Context, item: records.Convert) -> int | None:
+    if item.experts is None:
+        return None
     with context.budget.hold(item.input_bytes):
         return codec.common_power(item, partial(read_tensor, context.source))
 

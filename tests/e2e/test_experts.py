@@ -265,7 +265,7 @@ def test_a_scale_that_is_none_is_named(tmp_path: Path) -> None:
     tensors = load_tensors(source)
     tensors[f"{BLOCK}.2.up_proj.weight_scale"].view(torch.uint8)[5, 7] = 0x81
     write_checkpoint(tmp_path / "bad", tensors, config_of(nvfp4_group()))
-    with pytest.raises(BadInputError, match=r"w13: weight_scale\[\d+, 7\]"):
+    with pytest.raises(BadInputError, match=r"w13 \(expert 2\): weight_scale\[\d+, 7\]"):
         ctconvert.repack(
             tmp_path / "bad",
             tmp_path / "out",
