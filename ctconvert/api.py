@@ -103,7 +103,7 @@ def plan(
     Args:
         model: a directory or a Hub id.
         target: one of ``ctconvert.layouts.TARGETS``.
-        fuse: join q/k/v and gate/up projections.
+        fuse: join q/k/v and gate/up projections; stack experts that are one by one.
         keep_unsupported: copy modules without a layout instead of refusing them.
         include: patterns (glob, or ``re:`` and a regular expression) of the quantised modules to
             convert; all where empty. The others are copied.

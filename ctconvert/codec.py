@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ctconvert import formats, layouts
-from ctconvert.assembly import Assembly, Concat, Pad, Part, Slice, Stack, assembled
+from ctconvert.assembly import Assembly, Concat, Pad, Part, Slice, Stack, assembled, leaves
 from ctconvert.errors import BadInputError, ConversionError, VerificationError
 from ctconvert.layouts import Layout
 from ctconvert.records import Convert, Restore, SourceModule
@@ -86,10 +86,24 @@ def assemble(
     return axis(inner, assembly.rank * share, (assembly.rank + 1) * share)
 
 
-def encode(item: Convert, unit: int, read: Read, device: torch.device) -> Tensors:
+def common_power(item: Convert, read: Read) -> int | None:
+    """What :func:`encode` needs to know of the scales of all units of a stack; None for nothing."""
+    if item.experts is None:
+        return None
+    layout = find_layout(item.name, item.recipe.layout, item.recipe.layout_version)
+    return layout.common_power(
+        read(item.sources[part.source].entries(part.expert)["weight_scale"])
+        for part in leaves(item.recipe.assembly)
+    )
+
+
+def encode(
+    item: Convert, unit: int, read: Read, device: torch.device, power: int | None = None
+) -> Tensors:
     """One unit of a module, source tensors to kernel tensors by local name, on the CPU.
 
-    The layout is inverted on the spot and must give back every code and scale.
+    ``power`` is :func:`common_power` of the module. The layout is inverted on the spot and must
+    give back every code and scale.
 
     Raises:
         BadInputError: the source's data is damaged.
@@ -105,10 +119,11 @@ def encode(item: Convert, unit: int, read: Read, device: torch.device) -> Tensor
             f"{getattr(recipe.weight, field)}; this is a bug in ctconvert, and the module was not "
             "written"
         )
+    weight.power = power
     try:
         made = layout.encode(weight)
     except ValueError as error:
-        raise BadInputError(f"module {item.name}: {error}") from None
+        raise BadInputError(f"module {_unit(item, unit)}: {error}") from None
     check_specs(item, layout, made)
     if wrong := first_difference(weight, layout.decode(made, recipe.weight)):
         raise ConversionError(
@@ -177,6 +192,8 @@ def decode(item: Convert, unit: int, read: Read, device: torch.device) -> list[F
     tensors = {local: read(entry).to(device) for local, entry in entries.items()}
     try:
         weight = layout.decode(tensors, recipe.weight)
+        if item.experts is None:
+            weight.power = None  # its own scales decide
         for local, tensor in layout.encode(weight).items():
             if not same_bits(tensor, tensors[local]):
                 raise VerificationError(
@@ -185,7 +202,12 @@ def decode(item: Convert, unit: int, read: Read, device: torch.device) -> list[F
                 )
         return list(_fragments(item.units[unit], item.specs, weight, 0, 0))
     except ValueError as error:
-        raise VerificationError(f"module {item.name}: {error}") from None
+        raise VerificationError(f"module {_unit(item, unit)}: {error}") from None
+
+
+def _unit(item: Convert, unit: int) -> str:
+    """For messages: the module, and which of its experts."""
+    return item.name if item.experts is None else f"{item.name} (expert {unit})"
 
 
 def _fragments(
@@ -341,9 +363,8 @@ def compare(item: Convert, unit: int, made: Read, original: Read, device: torch.
         want = cuts.rows(want, fragment.row, fragment.row + have.spec.n)
         want = cuts.columns(want, fragment.column, fragment.column + have.spec.k)
         if wrong := first_difference(want, have):
-            where = f" (expert {unit})" if item.experts is not None else ""
             raise VerificationError(
-                f"module {item.name}{where}: {wrong} of {source.name} differs from the source's"
+                f"module {_unit(item, unit)}: {wrong} of {source.name} differs from the source's"
             )
         share = have.spec.n * have.spec.k / (source.weight.n * source.weight.k)
         count += int(source.nbytes // (source.experts or 1) * share)

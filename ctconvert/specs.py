@@ -195,7 +195,9 @@ class QuantizedWeight:
     - ``scale``: [rows, columns] of ``spec.scale_shape`` in the source's dtype, or None;
     - ``zero_point``: u8 [N, groups], unsigned codes, or None where symmetric;
     - ``g_idx``: i32 [K], the scale group of each column (act-order), or None;
-    - ``side``: ``input_scale`` / ``output_scale`` [1] in the source's dtype.
+    - ``side``: ``input_scale`` / ``output_scale`` [1] in the source's dtype;
+    - ``power``: the power of two by which a layout multiplies the scales, where a stack has one for
+      all of its weights or the layout has told the one it found; not part of the weight.
     """
 
     spec: WeightSpec
@@ -204,6 +206,7 @@ class QuantizedWeight:
     zero_point: torch.Tensor | None = None
     g_idx: torch.Tensor | None = None
     side: dict[str, torch.Tensor] = field(default_factory=dict)
+    power: int | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the weight by name, for comparison."""

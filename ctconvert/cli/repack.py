@@ -51,7 +51,8 @@ def repack(
         bool, typer.Option("--overwrite", help="Replace an existing OUT.")
     ] = False,
     fuse: Annotated[
-        bool, typer.Option("--fuse/--no-fuse", help="Join q/k/v and gate/up projections.")
+        bool,
+        typer.Option("--fuse/--no-fuse", help="Join q/k/v and gate/up projections, stack experts."),
     ] = False,
     keep_unsupported: Annotated[
         bool,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from ctconvert.specs import Dtype, QuantizedWeight, Support, TensorSpec, WeightSpec
@@ -58,6 +58,13 @@ class Layout(ABC):
         What is added has code 0, scale 0 and zero point 0.
         """
         return spec.n, spec.k
+
+    def common_power(self, scales: Iterable[torch.Tensor]) -> int | None:
+        """The power of two that the weights of a stack have in common, given all their scales.
+
+        None where the layout multiplies by none, and then ``scales`` are not read.
+        """
+        return None
 
     def views(self, spec: WeightSpec) -> dict[str, str]:
         """The tensors that a kernel takes another view of, for the manifest: ``t``, transposed."""

@@ -23,8 +23,9 @@ shapes must be known before; so there is a plane for them, whether it is all 0 o
 a weight it is half of the scales' own size, which keeping them whole would take.
 
 The scales and the factor depend on the dtype of the activations, therefore two layouts. With
-bfloat16 the power is that of the greatest scale of the weight; parts of one kernel's weight that
-stay apart on disk have one each, and can be joined only where their factors are equal.
+bfloat16 the power is that of the greatest scale of the weight, or of all experts in a stack; parts
+of one kernel's weight that stay apart on disk have one each, and can be joined only where their
+factors are equal.
 
 N x K is what the kernel's tiles fit: other weights are padded before, with code 0 and scale 0. The
 orders are those of :mod:`ctconvert.transforms.marlin` and :mod:`ctconvert.transforms.nvfp4`: vLLM's
@@ -33,7 +34,7 @@ orders are those of :mod:`ctconvert.transforms.marlin` and :mod:`ctconvert.trans
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from ctconvert.layouts.base import Layout, packed_codes
@@ -89,7 +90,9 @@ class MarlinNVFP4(Layout):
         assert weight.scale is not None
         side = dict(weight.side)
         divisor = side.pop("weight_global_scale")
-        power = nvfp4.nvfp4_power(weight.scale) if self.dtype == "BF16" else 0
+        power = weight.power
+        if power is None:
+            power = nvfp4.nvfp4_power(weight.scale) if self.dtype == "BF16" else 0
         packed, lost = nvfp4.nvfp4_pack_scales(weight.scale, power)
         factor = nvfp4.nvfp4_global_scale(divisor, torch_dtype(self.dtype), power)
         return {
@@ -120,7 +123,19 @@ class MarlinNVFP4(Layout):
             codes=marlin_unpack(tensors["weight"], 4, spec.n, spec.k),
             scale=scale.view(torch.float8_e4m3fn),
             side=side | {"weight_global_scale": divisor},
+            power=power,
         )
+
+    def common_power(self, scales: Iterable[torch.Tensor]) -> int | None:
+        import torch
+
+        from ctconvert.transforms import nvfp4
+
+        if self.dtype != "BF16":
+            return None
+        greatest = torch.stack([scale.view(torch.uint8).max() for scale in scales])
+        # What is no scale is refused by its place when its weight is encoded.
+        return nvfp4.nvfp4_power(greatest.clamp(max=nvfp4.GREATEST))
 
 
 class MarlinNVFP4Half(MarlinNVFP4):

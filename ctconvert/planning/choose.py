@@ -183,10 +183,24 @@ class Chooser:
             return Support("16-bit activations, which its kernel would quantise", other_kind=True)
         return support
 
+    def _asked(self, candidate: Candidate) -> tuple[str, ...] | str:
+        """The layouts to try for a candidate, or why there are none.
+
+        What is asked for its parts holds for a joined module unless it is named itself.
+        """
+        parts = [source.name for source in candidate.sources]
+        named = any(matches(pattern, candidate.name) for pattern, _ in self.options.overrides)
+        if named or not self.options.overrides or parts == [candidate.name]:
+            return self._preference(candidate.name)
+        found = {self._preference(part) for part in parts}
+        if len(found) > 1:
+            return "--layout asks for different layouts of its parts"
+        return found.pop()
+
     def choice(self, candidate: Candidate) -> Choice | str:
         """How a module is made, or the reasons why no layout takes it."""
         weight = candidate.weight
-        layout = self._layout(candidate.name, weight)
+        layout = self._layout(candidate, weight)
         if isinstance(layout, str):
             return layout
         known = (layout.name, weight, candidate.assembly)
@@ -202,8 +216,7 @@ class Chooser:
         """
         weights = up.weight, down.weight
         made = [
-            self._layout(stack.name, weight)
-            for stack, weight in zip((up, down), weights, strict=True)
+            self._layout(stack, weight) for stack, weight in zip((up, down), weights, strict=True)
         ]
         for stack, layout in zip((up, down), made, strict=True):
             if isinstance(layout, str):
@@ -227,9 +240,12 @@ class Chooser:
             long = padded(down.assembly, weights[1].n, size)
         return self._recipe(first, up, wide), self._recipe(first, down, long)
 
-    def _layout(self, name: str, weight: WeightSpec) -> Layout | str:
-        """The layout of a weight, or the reasons why none takes it."""
-        key = (self._preference(name), weight)
+    def _layout(self, candidate: Candidate, weight: WeightSpec) -> Layout | str:
+        """The layout of a candidate's weight, or the reasons why none takes it."""
+        names = self._asked(candidate)
+        if isinstance(names, str):
+            return names
+        key = (names, weight)
         if key not in self._verdicts:
             self._verdicts[key] = self._choose(*key)
         return self._verdicts[key]

@@ -140,7 +140,7 @@ def load(out: str | Path, device: str = "auto") -> Modules:
     """The converted modules of a checkpoint, by name, ready to be called.
 
     Tensors go from the file to the device once; on the CPU they stay mapped. The expert ``e`` of a
-    3-D module is under ``NAME.e``. :class:`Loader` gives them one at a time.
+    stack is under ``NAME.e``. :class:`Loader` gives them one at a time.
 
     Args:
         out: a converted checkpoint.

@@ -40,6 +40,13 @@ def _out_of_memory(name: str, device: str) -> Iterator[None]:
         raise ConversionError(f"{name}: out of memory on {device}; use {advice}") from None
 
 
+def _common_power(context: Context, item: records.Convert) -> int | None:
+    if item.experts is None:
+        return None
+    with context.budget.hold(item.input_bytes):
+        return codec.common_power(item, partial(read_tensor, context.source))
+
+
 @dataclass(frozen=True)
 class ConvertJob(PartJob):
     """A module: its source tensors through the layout."""
@@ -55,10 +62,11 @@ class ConvertJob(PartJob):
             one = entry.nbytes // len(item.units)
             writers[entry.name] = TensorWriter(context, entry, units.start * one, len(units) * one)
         with _out_of_memory(item.name, context.device):
+            power = context.once(item.name, partial(_common_power, context, item))
             for unit in units:
                 context.check_running()
                 with context.budget.hold(item_bytes(item)):
-                    for local, tensor in codec.encode(item, unit, read, device).items():
+                    for local, tensor in codec.encode(item, unit, read, device, power).items():
                         writers[item.prefix + local].put(raw_bytes(tensor))
                     del tensor
         hashes: dict[str, str] = {}

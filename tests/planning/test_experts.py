@@ -226,6 +226,16 @@ def test_both_or_neither() -> None:
     assert note.startswith(f"{BLOCK}.experts are not stacked: {BLOCK}.experts.w2: machete: ")
 
 
+def test_layouts_asked_for_the_parts() -> None:
+    tensors = expert_modules(BLOCK, W4, (128, 256), 2)
+    overrides = (("*.experts.*_proj", "triton-wna16"),)
+    found = by_name(plan_of(tensors, overrides=overrides))
+    assert {item.recipe.layout for item in found.values()} == {"triton-wna16"}
+    assert found.keys() == STACKS
+    reason = f"{BLOCK}.experts.w13: --layout asks for different layouts of its parts"
+    apart(tensors, reason, overrides=(("*.1.gate_proj", "triton-wna16"),))
+
+
 def test_two_layouts() -> None:
     overrides = (("*.w2", "triton-wna16"),)
     reason = f"{BLOCK}.experts.w13 would be marlin and {BLOCK}.experts.w2 triton-wna16"

@@ -70,7 +70,8 @@ def converted(
 
     made: dict[str, torch.Tensor] = {}
     for item in plan.modules:
-        units = [codec.encode(item, unit, part, CPU) for unit in range(len(item.units))]
+        power = codec.common_power(item, part)
+        units = [codec.encode(item, unit, part, CPU, power) for unit in range(len(item.units))]
         for local in units[0]:
             each = [unit[local] for unit in units]
             made[f"{item.name}.{local}"] = each[0] if item.experts is None else torch.stack(each)

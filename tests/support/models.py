@@ -90,6 +90,37 @@ def write_model(folder: Path, seed: int = 1, modules: int = 6) -> Path:
     return folder
 
 
+#: Experts of :func:`write_experts`, and the bytes of one of their matrices.
+EXPERTS, SIZE, HIDDEN = 7, 96, 128
+EXPERT_MATRIX = SIZE * HIDDEN // 2 + SIZE * HIDDEN // 16 + 16
+
+
+def write_experts(folder: Path, stacked: bool = False) -> Path:
+    """Seven experts one by one, or as 3-D tensors; 0.2 MB."""
+    made = torch.Generator().manual_seed(3)
+    tensors: dict[str, torch.Tensor] = {"model.norm.weight": torch.randn(HIDDEN, generator=made)}
+    for number in range(EXPERTS):
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            shape = (HIDDEN, SIZE) if leaf == "down_proj" else (SIZE, HIDDEN)
+            tensors |= int4_module(f"model.layers.0.mlp.experts.{number}.{leaf}", made, *shape)
+    if stacked:
+        each = [{k: t for k, t in tensors.items() if f".experts.{e}." in k} for e in range(EXPERTS)]
+        tensors = {"model.norm.weight": tensors["model.norm.weight"]}
+        for name, first in each[0].items():
+            whole = torch.stack([e[n] for e, n in zip(each, _names(name), strict=True)])
+            if name.endswith("shape"):
+                whole = torch.tensor([EXPERTS, *first])
+            tensors[name.replace("experts.0.", "experts.")] = whole
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    write_json(folder / "config.json", config())
+    return folder
+
+
+def _names(name: str) -> list[str]:
+    return [name.replace("experts.0.", f"experts.{number}.") for number in range(EXPERTS)]
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value))
 

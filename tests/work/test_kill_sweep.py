@@ -27,11 +27,19 @@ import pytest
 from support import faults
 from support.faults import Fault, How
 from support.folders import quick_folder
-from support.models import options, repack, restore, tree, write_model
+from support.models import (
+    EXPERT_MATRIX,
+    options,
+    repack,
+    restore,
+    tree,
+    write_experts,
+    write_model,
+)
 
 from ctconvert import api
 from ctconvert.errors import UsageError
-from ctconvert.work import staging
+from ctconvert.work import parts, staging
 from ctconvert.work.executors import Threads
 from ctconvert.work.journal import Begin, read_journal
 
@@ -48,6 +56,7 @@ class Place:
         self.folder = folder
         self.model = write_model(folder / "model", seed=1)
         self.older = write_model(folder / "older" / "model", seed=2)
+        self.experts = write_experts(folder / "experts" / "model")
         self.converted = folder / "converted" / "out"
         repack(self.model, self.converted)
         self.here = folder / "here"
@@ -60,6 +69,15 @@ class Place:
 
     def repack(self, **flags: bool) -> None:
         repack(self.model, self.out, **flags)
+
+    def stack(self, **flags: bool) -> None:
+        """Experts in jobs of two or four."""
+        asked = options(target="cuda", fuse=True, max_shard_size=60_000)
+        grain, parts.GRAIN = parts.GRAIN, 4 * EXPERT_MATRIX
+        try:
+            repack(self.experts, self.out, asked=asked, **flags)
+        finally:
+            parts.GRAIN = grain
 
     def restore(self, **flags: bool) -> None:
         restore(self.converted, self.out, **flags)
@@ -86,7 +104,7 @@ class Scenario:
         return lambda: self.run(place, **dict.fromkeys(self.flags, True))
 
     def again(self, place: Place, flag: str) -> None:
-        command = Place.restore if self.run is Place.restore else Place.repack
+        command = Place.repack if self.run is Place.without_exchange else self.run
         command(place, **{flag: True})
 
 
@@ -172,6 +190,7 @@ SCENARIOS = {
     "repack --resume, committed": Scenario(
         a_commit_without_the_cleaning_up, Place.repack, ("resume",)
     ),
+    "repack experts": Scenario(nothing, Place.stack),
     "restore": Scenario(nothing, Place.restore),
     "restore --overwrite": Scenario(an_older_restored_checkpoint, Place.restore, ("overwrite",)),
 }

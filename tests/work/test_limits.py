@@ -507,6 +507,21 @@ def test_a_stack_holds_the_experts_in_flight_and_no_more(place: Place, size: int
 
 
 @needs_peak
+def test_a_layer_of_384_experts(place: Place) -> None:
+    """As Kimi-K2 has them, an eighth of each side: 149 MB, of which few experts are held."""
+    model = write_sparse_experts(place.folder / "layer", 384, 256, 896)
+    few = write_sparse_experts(place.folder / "few", 3, 256, 896)
+    asked = options(target="cuda", fuse=True, max_shard_size=1 << 40)
+    plan = plan_of(LocalStore(model), asked)
+    assert sorted(item.experts or 0 for item in plan.modules) == [384, 384]
+    peak = peak_of(
+        lambda: repack(model, place.out, asked=asked, executor=Threads(2)),
+        lambda: repack(few, place.folder / "warm", asked=asked, executor=Threads(2)),
+    )
+    assert peak < 2 * BASE  # the plan and the manifest of 1152 modules too
+
+
+@needs_peak
 @pytest.mark.parametrize("size", [2048, 8224])
 def test_an_expert_takes_no_more_than_is_reserved_for_it(place: Place, size: int) -> None:
     """Gate and up joined, and each padded before: 8224 to 8256."""

@@ -10,11 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support import faults
 from support.executors import Inline, Processes
 from support.folders import quick_folder
-from support.models import config, int4_module, options, plan_of, repack, restore, tree, write_json
+from support.models import (
+    EXPERT_MATRIX,
+    EXPERTS,
+    options,
+    plan_of,
+    repack,
+    restore,
+    tree,
+    write_experts,
+)
 
 from ctconvert import api
 from ctconvert.errors import ConversionError, VerificationError
@@ -27,43 +36,14 @@ from ctconvert.work.journal import PartDone, Piece, ShardDone, read_journal
 from ctconvert.work.parts import Pieces, SealJob, jobs_of, part_of
 from ctconvert.work.transforming import CompareJob, ConvertJob, RestoreJob
 
-EXPERTS, SIZE, HIDDEN = 7, 96, 128
-STACK = "model.layers.0.mlp.experts.{}"
 #: The first stack's tensors fill a shard, and so do the second's.
 ASKED = options(target="cuda", fuse=True, max_shard_size=60_000)
-
-
-def write_experts(folder: Path, stacked: bool = False) -> Path:
-    """Seven experts one by one, or as 3-D tensors; 0.2 MB."""
-    made = torch.Generator().manual_seed(3)
-    tensors: dict[str, torch.Tensor] = {"model.norm.weight": torch.randn(HIDDEN, generator=made)}
-    for number in range(EXPERTS):
-        for leaf in ("gate_proj", "up_proj", "down_proj"):
-            shape = (HIDDEN, SIZE) if leaf == "down_proj" else (SIZE, HIDDEN)
-            tensors |= int4_module(STACK.format(f"{number}.{leaf}"), made, *shape)
-    if stacked:
-        each = [{k: t for k, t in tensors.items() if f".experts.{e}." in k} for e in range(EXPERTS)]
-        tensors = {"model.norm.weight": tensors["model.norm.weight"]}
-        for name, first in each[0].items():
-            whole = torch.stack([e[n] for e, n in zip(each, _names(name), strict=True)])
-            if name.endswith("shape"):
-                whole = torch.tensor([EXPERTS, *first])
-            tensors[name.replace("experts.0.", "experts.")] = whole
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors")
-    write_json(folder / "config.json", config())
-    return folder
-
-
-def _names(name: str) -> list[str]:
-    return [name.replace("experts.0.", f"experts.{number}.") for number in range(EXPERTS)]
 
 
 @pytest.fixture(autouse=True)
 def two_experts_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """14 kB are the sources of two experts' gate and up."""
-    one = SIZE * HIDDEN // 2 + SIZE * HIDDEN // 16 + 16
-    monkeypatch.setattr(parts, "GRAIN", 4 * one + 100)
+    monkeypatch.setattr(parts, "GRAIN", 4 * EXPERT_MATRIX + 100)
 
 
 @pytest.fixture
