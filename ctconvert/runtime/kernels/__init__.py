@@ -8,8 +8,17 @@ from __future__ import annotations
 from ctconvert.errors import UsageError
 from ctconvert.runtime.kernels.base import Binding, Kernel
 from ctconvert.runtime.kernels.gather.kernel import GATHER
-from ctconvert.runtime.kernels.marlin.kernel import MARLIN
-from ctconvert.runtime.kernels.marlin.mxfp4 import MARLIN_MXFP4
+from ctconvert.runtime.kernels.marlin.records import (
+    HUMMING,
+    HUMMING_NVFP4,
+    MARLIN,
+    MARLIN_FP8,
+    MARLIN_FP8_F16,
+    MARLIN_MXFP4,
+    MARLIN_MXFP8,
+    MARLIN_NVFP4,
+    MARLIN_NVFP4_F16,
+)
 from ctconvert.runtime.kernels.scaled_mm.kernel import SCALED_MM
 from ctconvert.runtime.kernels.sparse24.kernel import CUTLASS_SPARSE24
 from ctconvert.runtime.kernels.wna16.kernel import TRITON_WNA16
@@ -25,6 +34,13 @@ KERNELS: tuple[Kernel, ...] = (
     XPU_W4A8,
     XPU_W4A16,
     GATHER,
+    HUMMING,
+    HUMMING_NVFP4,
+    MARLIN_NVFP4,
+    MARLIN_NVFP4_F16,
+    MARLIN_FP8,
+    MARLIN_FP8_F16,
+    MARLIN_MXFP8,
 )
 
 __all__ = ["KERNELS", "Binding", "Kernel", "get"]

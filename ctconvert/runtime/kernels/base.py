@@ -55,6 +55,18 @@ def product_in_8_bits(spec: WeightSpec) -> str | None:
     return "int8" if spec.kind == "int" else "fp8"
 
 
+#: ``(bound, tensors, x [M, K], rows, offsets, bias [E, N])`` to [P, N]: stacked experts' tensors,
+#: and the rest as ``marlin_grouped`` takes it.
+Grouped = Callable[
+    [Binding, Tensors, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor
+]
+
+
+def never(spec: WeightSpec) -> Grouped | None:
+    """Experts run one by one."""
+    return None
+
+
 def nothing(bound: Binding, tensors: Tensors) -> dict[str, torch.Tensor]:
     return {}
 
@@ -75,7 +87,11 @@ class Kernel:
       weight; None for a look-up;
     - ``derived(bound, tensors)``: what it would otherwise compute from the weight on every call,
       handed to ``run`` among the tensors;
-    - ``result``: the dtype it computes results in, where that is not x's.
+    - ``result``: the dtype it computes results in, where that is not x's;
+    - ``grouped(spec)``: what runs stacked experts of such weights in one launch, or None;
+    - ``dtype``: of the activations that the layout's tensors are made for, where there is one;
+    - ``plain``: it is only a path in plain torch, on any device: what it shows is that the layout's
+      tensors mean the weight, and nothing of the kernel that serves them.
     """
 
     layout: str
@@ -85,6 +101,9 @@ class Kernel:
     product: Callable[[WeightSpec], str | None] = product_in_bf16
     derived: Callable[[Binding, Tensors], dict[str, torch.Tensor]] = nothing
     result: torch.dtype | None = None
+    grouped: Callable[[WeightSpec], Grouped | None] = never
+    dtype: torch.dtype | None = None
+    plain: bool = False
 
 
 def like(bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
