@@ -19,6 +19,13 @@ from ctconvert.runtime.kernels.marlin.records import (
     MARLIN_NVFP4,
     MARLIN_NVFP4_F16,
 )
+from ctconvert.runtime.kernels.plain.kernel import (
+    CPU_INT8,
+    CPU_W4A8,
+    CPU_W4A16,
+    MACHETE,
+    W4A8_FP8,
+)
 from ctconvert.runtime.kernels.scaled_mm.kernel import SCALED_MM
 from ctconvert.runtime.kernels.sparse24.kernel import CUTLASS_SPARSE24
 from ctconvert.runtime.kernels.wna16.kernel import TRITON_WNA16
@@ -41,9 +48,19 @@ KERNELS: tuple[Kernel, ...] = (
     MARLIN_FP8,
     MARLIN_FP8_F16,
     MARLIN_MXFP8,
+    MACHETE,
+    W4A8_FP8,
+    CPU_W4A16,
+    CPU_W4A8,
+    CPU_INT8,
 )
 
-__all__ = ["KERNELS", "Binding", "Kernel", "get"]
+__all__ = ["KERNELS", "Binding", "Kernel", "find", "get"]
+
+
+def find(layout: str) -> Kernel | None:
+    """The kernel of the layout of that name, or None."""
+    return next((kernel for kernel in KERNELS if kernel.layout == layout), None)
 
 
 def get(layout: str) -> Kernel:
@@ -52,9 +69,8 @@ def get(layout: str) -> Kernel:
     Raises:
         UsageError: there is none.
     """
-    for kernel in KERNELS:
-        if kernel.layout == layout:
-            return kernel
+    if (kernel := find(layout)) is not None:
+        return kernel
     raise UsageError(
         f"there is no kernel for layout {layout} here: a serving engine runs it, and `ctconvert "
         "verify --against MODEL` proves it"

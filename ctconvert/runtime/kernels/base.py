@@ -89,6 +89,9 @@ class Kernel:
       handed to ``run`` among the tensors;
     - ``result``: the dtype it computes results in, where that is not x's;
     - ``grouped(spec)``: what runs stacked experts of such weights in one launch, or None;
+    - ``unread``: tensors that only the way back to the source needs, by the end of their name;
+    - ``lost``: those of them that hold what the kernel's tensors have no room for; to the
+      reference they are 0, as to every kernel that reads the layout;
     - ``dtype``: of the activations that the layout's tensors are made for, where there is one;
     - ``plain``: it is only a path in plain torch, on any device: what it shows is that the layout's
       tensors mean the weight, and nothing of the kernel that serves them.
@@ -102,6 +105,8 @@ class Kernel:
     derived: Callable[[Binding, Tensors], dict[str, torch.Tensor]] = nothing
     result: torch.dtype | None = None
     grouped: Callable[[WeightSpec], Grouped | None] = never
+    unread: tuple[str, ...] = ("_source", "_lost")
+    lost: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
     plain: bool = False
 

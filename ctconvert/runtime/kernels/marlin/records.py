@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
@@ -134,8 +134,14 @@ def _grouped(take: Take) -> Callable[[WeightSpec], Grouped | None]:
     return of
 
 
-def _kernel(layout: str, take: Take, dtype: torch.dtype | None = None) -> Kernel:
-    return Kernel(layout, partial(_tiles, take), 1e-2, grouped=_grouped(take), dtype=dtype)
+def _kernel(layout: str, take: Take, dtype: torch.dtype | None = None, **more: Any) -> Kernel:
+    run = partial(_tiles, take)
+    return Kernel(layout, run, 1e-2, grouped=_grouped(take), dtype=dtype, **more)
+
+
+def _nvfp4(layout: str, form: str, dtype: torch.dtype) -> Kernel:
+    # E5M3 has no place for the smallest scales, which are 0 to Marlin as well.
+    return _kernel(layout, partial(_floats, form=form), dtype, lost=("weight_scale_lost",))
 
 
 MARLIN = Kernel(
@@ -150,8 +156,8 @@ HUMMING = Kernel(
 )
 MARLIN_MXFP4 = _kernel("marlin-mxfp4", partial(_floats, form="mxfp4"))
 MARLIN_MXFP8 = _kernel("marlin-mxfp8", partial(_floats, form="mxfp8"))
-MARLIN_NVFP4 = _kernel("marlin-nvfp4", partial(_floats, form="nvfp4"), torch.bfloat16)
-MARLIN_NVFP4_F16 = _kernel("marlin-nvfp4-f16", partial(_floats, form="nvfp4-f16"), torch.float16)
+MARLIN_NVFP4 = _nvfp4("marlin-nvfp4", "nvfp4", torch.bfloat16)
+MARLIN_NVFP4_F16 = _nvfp4("marlin-nvfp4-f16", "nvfp4-f16", torch.float16)
 MARLIN_FP8 = _kernel("marlin-fp8", partial(_floats, form="fp8"), torch.bfloat16)
 MARLIN_FP8_F16 = _kernel("marlin-fp8-f16", partial(_floats, form="fp8"), torch.float16)
 HUMMING_NVFP4 = _kernel(
