@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ctconvert.errors import UsageError
-from ctconvert.layouts import LAYOUTS, TARGETS
+from ctconvert.layouts import LAYOUTS, TARGETS, Layout
 from ctconvert.runtime import kernels
 from ctconvert.runtime.kernels.fake_quant.kernel import fake_quant_int8
 from ctconvert.runtime.kernels.gather.kernel import embedding_gather
@@ -33,6 +33,14 @@ def test_what_a_target_prefers_has_one_kernel() -> None:
     assert set(found) <= {layout.name for layout in LAYOUTS}
     for layout in found:
         assert kernels.get(layout).layout == layout
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_what_a_layout_says_of_its_kernel_is_so(layout: Layout) -> None:
+    kernel = kernels.find(layout.name)
+    assert (kernel is None) == layout.read_by.endswith("; none here")
+    plain = kernel is not None and kernel.plain
+    assert plain == layout.read_by.endswith("; plain torch here")
 
 
 def test_a_layout_without_a_kernel_is_no_pass() -> None:
