@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from ctconvert.errors import UsageError
 from ctconvert.output import Output
-from ctconvert.planning.choose import check_options
+from ctconvert.planning.choose import check_options, dtype_named
 from ctconvert.planning.describe import describe
 from ctconvert.planning.inspection import Inspection, inspection
 from ctconvert.planning.make import make_plan, restore_plan
@@ -21,7 +21,6 @@ from ctconvert.progress import Progress, Silent
 from ctconvert.records import Options, Plan, Report, Verified
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.hub import home_path, open_store
-from ctconvert.store.local import LocalStore
 
 if TYPE_CHECKING:
     from ctconvert.work.executors import Executor
@@ -36,12 +35,13 @@ def _options(
     keep_unsupported: bool,
     layout: Mapping[str, str] | None,
     max_shard_size: int,
+    dtype: str | None,
 ) -> Options:
     overrides = tuple((layout or {}).items())
-    if not 1 <= max_shard_size < 2**63:
-        raise UsageError(f"max_shard_size {max_shard_size}: it must be positive, and in 64 bits")
+    _check_shard_size(max_shard_size)
     return Options(
         target=target,
+        dtype=dtype_named(dtype),
         fuse=fuse,
         keep_unsupported=keep_unsupported,
         overrides=overrides,
@@ -49,12 +49,20 @@ def _options(
     )
 
 
-def inspect(model: str | Path, *, target: str | None = None) -> Inspection:
+def _check_shard_size(size: int) -> None:
+    if not 1 <= size < 2**63:
+        raise UsageError(f"max_shard_size {size}: it must be positive, and in 64 bits")
+
+
+def inspect(
+    model: str | Path, *, target: str | None = None, dtype: str | None = None
+) -> Inspection:
     """What a checkpoint holds: schemes by module, sizes, oddities; reads headers only.
 
     Args:
         model: a directory or a Hub id (``org/name``, ``org/name@revision``).
         target: also say what each module would become for it, or why it cannot.
+        dtype: as for :func:`plan`.
 
     Returns:
         the content of ``ctconvert inspect --json``.
@@ -63,7 +71,9 @@ def inspect(model: str | Path, *, target: str | None = None) -> Inspection:
         UsageError: there is no such model or target.
         BadInputError: the checkpoint is damaged or contradicts itself.
     """
-    options = None if target is None else Options(target=target, keep_unsupported=True)
+    options = None
+    if target is not None:
+        options = Options(target=target, keep_unsupported=True, dtype=dtype_named(dtype))
     if options is not None:
         check_options(options)
     with _no_collection():
@@ -79,6 +89,7 @@ def plan(
     keep_unsupported: bool = False,
     layout: Mapping[str, str] | None = None,
     max_shard_size: int = 5_000_000_000,
+    dtype: str | None = None,
     download: bool = False,
 ) -> Plan:
     """Decides layout, name, dtype, shape, shard and offset of every output tensor.
@@ -90,6 +101,8 @@ def plan(
         keep_unsupported: copy modules without a layout instead of refusing them.
         layout: layout by module name pattern (glob, or ``re:`` and a regular expression).
         max_shard_size: bytes of tensors in one output file; a module is never split.
+        dtype: ``bfloat16`` or ``float16``, of the activations, which the bytes of some layouts
+            depend on; config.json's where None, and bfloat16 where it names none.
         download: fetch a Hub model's files now, so that the plan can be carried out.
 
     Returns:
@@ -99,7 +112,7 @@ def plan(
         UsageError: there is no such model, target or layout.
         BadInputError: the checkpoint is damaged or contradicts itself.
     """
-    options = _options(target, fuse, keep_unsupported, layout, max_shard_size)
+    options = _options(target, fuse, keep_unsupported, layout, max_shard_size, dtype)
     check_options(options)
     with _no_collection():
         return make_plan(describe(Checkpoint(open_store(str(model), download=download))), options)
@@ -124,6 +137,7 @@ def repack(
     keep_unsupported: bool = False,
     layout: Mapping[str, str] | None = None,
     max_shard_size: int = 5_000_000_000,
+    dtype: str | None = None,
     workers: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -133,7 +147,7 @@ def repack(
     """Converts a compressed-tensors checkpoint into a kernel-ready one.
 
     Args:
-        model, target, fuse, keep_unsupported, layout, max_shard_size: as for :func:`plan`.
+        model, target, fuse, keep_unsupported, layout, max_shard_size, dtype: as for :func:`plan`.
         out: the directory to make; ``MODEL-TARGET`` beside the model where not given.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``: where transforms run.
         workers: threads that read, transform and write; chosen by the machine where None.
@@ -160,7 +174,7 @@ def repack(
         overwrite=overwrite,
         verify=verify,
     )
-    options = _options(target, fuse, keep_unsupported, layout, max_shard_size)
+    options = _options(target, fuse, keep_unsupported, layout, max_shard_size, dtype)
     check_options(options)
     destination = default_out(model, target) if out is None else home_path(out)
     store = open_store(str(model), download=True)
@@ -223,14 +237,14 @@ def verify(
     Raises:
         UsageError: there is no such checkpoint, or ``independent`` without ``against``.
         VerificationError: something differs; the message names the tensor, module or file.
+        ConversionError: the output or the model was exchanged or changed meanwhile.
     """
     from ctconvert.work.verify import verify_against, verify_independently, verify_output
 
     if independent and against is None:
         raise UsageError("--independent compares with a source; name it by --against MODEL")
-    path, shown = home_path(out), progress or Silent()
-    executor = _executor(workers)
-    output = Output.open(path)
+    shown, executor = progress or Silent(), _executor(workers)
+    output = Output.open(out)
     found = verify_output(output, executor, shown)
     if against is not None:
         checkpoint = Checkpoint(open_store(str(against), download=True))
@@ -242,7 +256,7 @@ def verify(
     if kernels:
         from ctconvert.runtime.proof import verify_kernels
 
-        proved = verify_kernels(path, device, shown)
+        proved = verify_kernels(output, device, shown)
         runs = {run.layout: run for run in proved.runs}
         found = replace(found, kernels=runs, without_kernel=proved.missing)
     return found
@@ -275,7 +289,7 @@ def restore(
     Raises:
         VerificationError: the converted checkpoint is damaged.
         UsageError: ``dest`` exists or overlaps ``out``.
-        ConversionError: the disk is full.
+        ConversionError: the disk is full, or the converted checkpoint changed meanwhile.
     """
     from ctconvert.store.places import check_place
     from ctconvert.work.build import Settings, build
@@ -288,18 +302,17 @@ def restore(
         resume=resume,
         overwrite=overwrite,
     )
-    path, destination = home_path(out), home_path(dest)
-    output = Output.open(path)
+    _check_shard_size(max_shard_size)
+    destination = home_path(dest)
+    output = Output.open(out)
     if output.plan.kind == "restored":
         raise UsageError(f"{out} is a restored checkpoint already")
-    check_place(path, destination)
+    check_place(home_path(out), destination)
     verify_output(output, settings.executor, settings.progress)
-    store = LocalStore(path)
-    if not 1 <= max_shard_size < 2**63:
-        raise UsageError(f"max_shard_size {max_shard_size}: it must be positive, and in 64 bits")
-    return build(
-        restore_plan(output.manifest, store.id, max_shard_size), store, destination, settings
-    )
+    # The very store that was verified: under its path another checkpoint may stand by now.
+    store = output.store
+    planned = restore_plan(output.manifest, store.id, max_shard_size)
+    return build(planned, store, destination, settings)
 
 
 def worker_count(workers: int | None) -> int:

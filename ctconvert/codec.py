@@ -6,6 +6,7 @@ another reads or writes. Everything here works on one unit of a module at a time
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from ctconvert.assembly import Assembly, Concat, Pad, Part, Slice, Stack, assemb
 from ctconvert.errors import BadInputError, ConversionError, VerificationError
 from ctconvert.layouts import Layout
 from ctconvert.records import Convert, Restore, SourceModule
-from ctconvert.specs import QuantizedWeight, TensorSpec, WeightSpec
+from ctconvert.specs import QuantizedWeight, TensorSpec, WeightSpec, differing_field
 from ctconvert.store.safetensors import TensorEntry
 from ctconvert.transforms import cuts
 from ctconvert.transforms.dtypes import same_bits, spec_of, torch_dtype
@@ -53,6 +54,13 @@ def source_weight(
     if handler is None:
         raise VerificationError(f"module {source.name}: unknown format {source.weight.format}")
     tensors = {local: read(entry).to(device) for local, entry in source.entries(expert).items()}
+    for local in source.zeros:
+        zeros = tensors.pop(local)
+        if not same_bits(zeros, torch.zeros_like(zeros)):
+            raise BadInputError(
+                f"module {source.name}: {local} is not 0 everywhere, and the config says "
+                "symmetric; the config and the tensors contradict each other"
+            )
     try:
         return handler.decode(tensors, source.weight)
     except ValueError as error:
@@ -85,12 +93,18 @@ def encode(item: Convert, unit: int, read: Read, device: torch.device) -> Tensor
 
     Raises:
         BadInputError: the source's data is damaged.
-        ConversionError: the layout does not invert; nothing wrong is ever written.
+        ConversionError: the weight is not what was planned, or the layout does not invert; nothing
+            wrong is ever written.
     """
     recipe = item.recipe
     layout = find_layout(item.name, recipe.layout, recipe.layout_version)
     weight = assemble(item.units[unit], item.sources, read, device)
-    weight.spec = recipe.weight
+    if field := differing_field(weight.spec, recipe.weight):
+        raise ConversionError(
+            f"module {item.name}: {field} is {getattr(weight.spec, field)}, planned "
+            f"{getattr(recipe.weight, field)}; this is a bug in ctconvert, and the module was not "
+            "written"
+        )
     try:
         made = layout.encode(weight)
     except ValueError as error:
@@ -144,23 +158,24 @@ def decode(item: Convert, unit: int, read: Read, device: torch.device) -> list[F
     """
     recipe = item.recipe
     layout = find_layout(item.name, recipe.layout, recipe.layout_version)
-    tensors = {local: read(entry).to(device) for local, entry in item.locals(unit).items()}
+    entries = item.locals(unit)
     if not (support := layout.supports(item.logical)):
         raise VerificationError(
             f"module {item.name}: {layout.name} cannot hold it: {support.reason}"
         )
     wanted = layout.output_specs(recipe.weight)
-    if tensors.keys() != wanted.keys():
+    if entries.keys() != wanted.keys():
         raise VerificationError(
-            f"module {item.name}: holds {', '.join(tensors)}, and layout {layout.name} has "
+            f"module {item.name}: holds {', '.join(entries)}, and layout {layout.name} has "
             f"{', '.join(wanted)}"
         )
+    for local, spec in wanted.items():
+        if entries[local].spec != spec:
+            raise VerificationError(
+                f"tensor {item.name}.{local}: {entries[local].spec}, expected {spec}"
+            )
+    tensors = {local: read(entry).to(device) for local, entry in entries.items()}
     try:
-        for local, spec in wanted.items():
-            if spec_of(tensors[local]) != spec:
-                raise VerificationError(
-                    f"tensor {item.name}.{local}: {spec_of(tensors[local])}, expected {spec}"
-                )
         weight = layout.decode(tensors, recipe.weight)
         for local, tensor in layout.encode(weight).items():
             if not same_bits(tensor, tensors[local]):
@@ -248,7 +263,8 @@ def restore(
     ``read`` reads the output. The few-element tensors that the manifest holds are not among them.
 
     Raises:
-        VerificationError: the output is damaged.
+        VerificationError: the output is damaged, or holds another set of tensors, or other ones,
+            than the source had.
     """
     found: dict[tuple[str, int | None], tuple[SourceModule, list[Fragment]]] = {}
     for module in item.modules:
@@ -260,23 +276,44 @@ def restore(
         handler = formats.get(source.weight.format)
         if handler is None:
             raise VerificationError(f"module {name}: unknown format {source.weight.format}")
+        entries = source.entries(expert)
+        wanted = entries.keys() - source.values.keys()
         try:
             made = handler.encode(joined(fragments, source))
+            for local in source.zeros:
+                made[local] = _zeros(entries[local].spec)
+            if missing := wanted - made.keys():
+                raise ValueError(f"nothing holds {min(missing)}")
+            if over := made.keys() - wanted:
+                raise ValueError(f"the source had no {min(over)}, and the output holds it")
+            tensors = {
+                local: _as_stored(local, made[local], entries[local].spec)
+                for local in made
+                if not expert or local not in source.shared
+            }
         except ValueError as error:
             raise VerificationError(f"module {name}: {error}") from None
-        entries = source.entries(expert)
-        yield (
-            source,
-            expert,
-            {
-                local: _as_stored(tensor, entries[local].spec)
-                for local, tensor in made.items()
-                if local not in source.values
-            },
-        )
+        yield source, expert, tensors
 
 
-def _as_stored(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+def _zeros(spec: TensorSpec) -> torch.Tensor:
+    return torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype))
+
+
+#: These may be wider in the source than in the logical weight, as those of ``weight_g_idx``.
+_INTEGERS = {"U8", "I8", "I16", "I32", "I64"}
+
+
+def _as_stored(local: str, tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """A tensor as the source held it, contiguous, on the CPU.
+
+    Raises:
+        ValueError: it did not: the number of elements differs, or the dtype by more than a width.
+    """
+    have = spec_of(tensor)
+    wider = {have.dtype, spec.dtype} <= _INTEGERS and spec.nbytes > have.nbytes
+    if math.prod(spec.shape) != tensor.numel() or not (have.dtype == spec.dtype or wider):
+        raise ValueError(f"{local} is {have}, and the source's was {spec}")
     return tensor.cpu().to(torch_dtype(spec.dtype)).reshape(spec.shape).contiguous()
 
 

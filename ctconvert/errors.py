@@ -36,6 +36,10 @@ class BadInputError(CtconvertError):
     exit_code = 2
 
 
+class IncompleteError(BadInputError):
+    """A part of the source checkpoint is missing."""
+
+
 class UnsupportedError(CtconvertError):
     """The source is sound, but the target has no layout that takes it."""
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from ctconvert.errors import UsageError, VerificationError
 from ctconvert.records import FileRecord, Manifest
 from ctconvert.store.base import Store
-from ctconvert.store.checkpoint import MANIFEST, OTHER_WEIGHTS
+from ctconvert.store.checkpoint import MANIFEST
 from ctconvert.store.hub import home_path
 from ctconvert.store.local import LocalStore
 from ctconvert.store.places import recover
 
 #: Files that may stand beside a checkpoint's own, as hidden ones may: no loader takes them for a
 #: part of it.
-_TOLERATED = ("README.md", "LICENSE")
+_TOLERATED = {"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", ".gitattributes"}
 
 
 class Output:
@@ -73,6 +73,14 @@ class Output:
     def where(self) -> str:
         return self.store.where
 
+    def check_unchanged(self) -> None:
+        """Made sure of when it was read, as another may have taken its place meanwhile.
+
+        Raises:
+            ConversionError: a file is no longer the one that was opened.
+        """
+        self.store.check_unchanged([MANIFEST, *self.manifest.file_records])
+
     def whole_files(self) -> list[FileRecord]:
         """The files whose hash is of the whole: all but the shards."""
         shards = {shard.name for shard in self.plan.shards}
@@ -85,9 +93,5 @@ def strays(store: Store, manifest: Manifest) -> list[str]:
     return [
         name
         for name in [*store.sizes(), *store.left_out()]
-        if name not in known and name != MANIFEST and not _is_tolerated(name)
+        if name not in known and name != MANIFEST and name not in _TOLERATED
     ]
-
-
-def _is_tolerated(name: str) -> bool:
-    return "/" not in name and name.startswith(_TOLERATED) and not name.endswith(OTHER_WEIGHTS)

@@ -181,6 +181,12 @@ class WeightSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return " ".join(parts)
 
 
+def differing_field(a: WeightSpec, b: WeightSpec) -> str | None:
+    """The first field that two specs differ in."""
+    fields = WeightSpec.__struct_fields__
+    return next((name for name in fields if getattr(a, name) != getattr(b, name)), None)
+
+
 @dataclass
 class QuantizedWeight:
     """The hub: what every format decodes to and every layout encodes from.

@@ -1,7 +1,7 @@
-"""Parts of the README for programs: ``readme.py run|test|layouts``.
+"""Parts of the README for programs: ``readme.py run|test|write``.
 
-``run`` and ``test`` print its first two commands, so that CI runs what a reader would; ``layouts``
-prints the layouts table that it should hold.
+``run`` and ``test`` print its first two commands, so that CI runs what a reader would; ``write``
+brings the tables that come from the registry up to date.
 """
 
 from __future__ import annotations
@@ -21,18 +21,42 @@ def commands() -> dict[str, str]:
 
 def layouts_table() -> str:
     """The layouts table, from the registry."""
-    from ctconvert.layouts import LAYOUTS, TARGETS
+    from ctconvert.layouts import LAYOUTS
 
-    lines = ["| layout | takes | writes | read by | targets |", "|---|---|---|---|---|"]
+    lines = ["| layout | takes | writes | read by |", "|---|---|---|---|"]
     for layout in LAYOUTS:
-        targets = ", ".join(name for name, names in TARGETS.items() if layout.name in names)
-        cells = (f"`{layout.name}`", layout.takes, layout.writes, layout.read_by, targets)
+        cells = (f"`{layout.name}`", layout.takes, layout.writes, layout.read_by)
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append("")
-    for target, names in TARGETS.items():
-        lines.append(f"- `{target}`: {', then '.join(f'`{name}`' for name in names)}")
     return "\n".join(lines)
 
 
+def targets_table() -> str:
+    """What each target prefers, in order, from the registry."""
+    from ctconvert.layouts import MACHINES, QUANTISED_ACTIVATIONS, TARGETS
+
+    lines = ["| target | for | prefers, in order |", "|---|---|---|"]
+    for target, names in TARGETS.items():
+        needy = QUANTISED_ACTIVATIONS.get(target, ())
+        order = ", ".join(f"`{name}`" + " (1)" * (name in needy) for name in names)
+        lines.append(f"| `{target}` | {MACHINES[target]} | {order} |")
+    return "\n".join(lines)
+
+
+#: The parts of the README that programs write, each between ``<!-- name -->`` and ``<!-- end -->``.
+WRITTEN = {"layouts": layouts_table, "targets": targets_table}
+
+
+def written(text: str) -> str:
+    """A README's text with its written parts as they should be."""
+    for name, make in WRITTEN.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        text, count = pattern.subn(lambda found, make=make: found[1] + make() + found[2], text)
+        assert count == 1, name
+    return text
+
+
 if __name__ == "__main__":
-    print(layouts_table() if sys.argv[1] == "layouts" else commands()[sys.argv[1]])
+    if sys.argv[1] == "write":
+        README.write_text(written(README.read_text()))
+    else:
+        print(commands()[sys.argv[1]])

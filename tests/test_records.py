@@ -325,6 +325,14 @@ def test_the_field_that_is_wrong_is_named(
     assert re.search(says, refused(signed(with_place(manifest, place, what))))
 
 
+def converted(manifest: dict[str, Any]) -> tuple[Any, ...]:
+    """The place of the converted module."""
+    (index,) = [
+        index for index, item in enumerate(manifest["plan"]["items"]) if item["type"] == "convert"
+    ]
+    return "plan", "items", index
+
+
 def test_fields_that_do_not_fit_each_other(manifest: dict[str, Any]) -> None:
     tensors = dict(manifest["tensors"])
     name = next(iter(tensors))
@@ -339,6 +347,40 @@ def test_fields_that_do_not_fit_each_other(manifest: dict[str, Any]) -> None:
         ),
     ]:
         assert says in refused(signed(changed))
+
+
+@pytest.mark.parametrize(
+    ("local", "dtype", "shape"),
+    [
+        ("weight_scale", "BF16", [3, 7]),
+        ("weight_scale", "F32", [64, 4]),
+        ("weight_packed", "I32", [64, 8]),
+        ("weight_packed", "I32", [16, 64]),
+        ("weight_packed", "F32", [64, 16]),
+        ("weight_shape", "I64", [1, 1]),
+    ],
+)
+def test_a_source_that_cannot_hold_its_weight(
+    manifest: dict[str, Any], local: str, dtype: str, shape: list[int]
+) -> None:
+    """Restored from it, it would be no tensor of the source's."""
+    place = (*converted(manifest), "sources", 0, "tensors", local, "spec")
+    changed = with_place(manifest, place, {"dtype": dtype, "shape": shape})
+    assert local in refused(signed(changed))
+
+
+def test_a_shape_that_is_not_its_weight_s(manifest: dict[str, Any]) -> None:
+    place = (*converted(manifest), "sources", 0, "values", "weight_shape")
+    value = b"".join(number.to_bytes(8, "little") for number in (64, 64)).hex()
+    assert "weight_shape is [64, 64]" in refused(signed(with_place(manifest, place, value)))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "null", "[" * 100_000, "{} {}"])
+def test_a_config_that_is_none(manifest: dict[str, Any], text: str) -> None:
+    """It would be restored as config.json."""
+    for place in (("plan", "source", "config"), ("plan", "config")):
+        says = f"{'.'.join(place)} is no JSON object"
+        assert says in refused(signed(with_place(manifest, place, text)))
 
 
 @pytest.mark.parametrize(
@@ -389,10 +431,7 @@ def test_what_is_cut_or_changed(out: Path) -> None:
 
 def test_nesting_that_is_too_deep(manifest: dict[str, Any]) -> None:
     tree: Any = {"type": "part", "source": 0}
-    (item, *_) = [
-        index for index, item in enumerate(manifest["plan"]["items"]) if item["type"] == "convert"
-    ]
-    place = ("plan", "items", item, "recipe", "assembly")
+    place = (*converted(manifest), "recipe", "assembly")
     deep = json.dumps(tree)
     for _ in range(5000):
         deep = f'{{"type":"concat","parts":[{deep}]}}'

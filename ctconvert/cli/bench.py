@@ -58,7 +58,7 @@ def _print(sink: Sink, found: BenchReport) -> None:
     for layout in dict.fromkeys(row.layout for row in found.rows if row.plain):
         sink.line(f"note: {layout} is a path in plain torch here, not the kernel that serves it")
     for layout in found.without_kernel:
-        sink.line(f"note: no kernel here runs layout {layout}; it was not timed")
+        sink.line(f"note: no kernel here runs some modules of layout {layout}; they were not timed")
     products = {row.product: row.product_flops for row in found.rows}
     for product, limit in products.items():
         if product is None:

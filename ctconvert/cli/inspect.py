@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctconvert.cli.failures import failures
-from ctconvert.cli.options import Json, Model
+from ctconvert.cli.options import Dtype, Json, Model
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import collapse, size
 
@@ -21,13 +21,14 @@ def inspect(
         str | None,
         typer.Option("--target", "-t", help="Also say what each module would become for it."),
     ] = None,
+    dtype: Dtype = None,
     json_: Json = False,
 ) -> None:
     """Show what is in a checkpoint: schemes by module, sizes, oddities."""
     with failures():
         from ctconvert import api
 
-        Sink(json_).show(api.inspect(model, target=target), _print)
+        Sink(json_).show(api.inspect(model, target=target, dtype=dtype), _print)
 
 
 def _print(sink: Sink, found: Inspection) -> None:

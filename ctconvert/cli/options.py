@@ -16,6 +16,13 @@ Model = Annotated[
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="A converted checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 Device = Annotated[str, typer.Option(help="Where transforms run: auto, cpu, cuda, cuda:1, xpu.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[bfloat16|float16]",
+        help="Of the activations, which some layouts depend on; config.json's by default.",
+    ),
+]
 KernelDevice = Annotated[str, typer.Option(help="Where kernels run: auto, cpu, cuda, cuda:1, xpu.")]
 Workers = Annotated[int | None, typer.Option(help="Threads that read, transform and write.")]
 Resume = Annotated[

@@ -10,6 +10,7 @@ import typer
 from ctconvert.cli.failures import RESUMES, failures
 from ctconvert.cli.options import (
     Device,
+    Dtype,
     Json,
     Model,
     Resume,
@@ -19,6 +20,7 @@ from ctconvert.cli.options import (
 )
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import collapse, size
+from ctconvert.layouts import TARGETS
 
 if TYPE_CHECKING:
     from ctconvert.planning.outline import Outline
@@ -32,7 +34,8 @@ def repack(
         typer.Argument(metavar="OUT", help="Directory to make; MODEL-TARGET beside MODEL."),
     ] = None,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="What the kernels run on: triton, cuda or xpu.")
+        str,
+        typer.Option("--target", "-t", help=f"What the kernels run on: {', '.join(TARGETS)}."),
     ] = ...,  # type: ignore[assignment]
     device: Device = "auto",
     dry_run: Annotated[
@@ -60,6 +63,7 @@ def repack(
         list[str] | None,
         typer.Option(metavar="PATTERN=LAYOUT", help="Layout for modules by glob or re:regex."),
     ] = None,
+    dtype: Dtype = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read the output back and check it.")
     ] = True,
@@ -81,6 +85,7 @@ def repack(
                 keep_unsupported=keep_unsupported,
                 layout=layouts,
                 max_shard_size=shard,
+                dtype=dtype,
             )
             sink.show(outline(plan), _print_outline)
             refuse(plan)
@@ -94,6 +99,7 @@ def repack(
                 keep_unsupported=keep_unsupported,
                 layout=layouts,
                 max_shard_size=shard,
+                dtype=dtype,
                 device=device,
                 workers=workers,
                 resume=resume,

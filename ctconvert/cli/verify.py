@@ -58,7 +58,7 @@ def verify(
 
             listed = ", ".join(f"{count} of {layout}" for layout, count in missing.items())
             raise VerificationError(
-                f"{out}: {listed} modules were not run: no kernel here runs that layout; "
+                f"{out}: {listed} modules were not run: no kernel here runs them; "
                 "`ctconvert verify --against MODEL` proves their bytes"
             )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from ctconvert.errors import BadInputError
+from ctconvert.errors import BadInputError, IncompleteError
 from ctconvert.formats.quantization import ModuleScheme, QuantArgs, activations_label, family
 from ctconvert.specs import (
     SCALE_DTYPES,
@@ -30,7 +30,8 @@ class ModuleTensors:
     """The tensors of one module by local name (``weight_packed``), headers only.
 
     ``values`` holds the contents of the few-element tensors a plan depends on
-    (:data:`METADATA_NAMES`): shapes and activation scales, as flat lists.
+    (:data:`METADATA_NAMES`): shapes and activation scales, as flat lists. ``experts`` says that the
+    specs are one expert's of 3-D tensors.
     """
 
     module: str
@@ -38,6 +39,7 @@ class ModuleTensors:
     embedding: bool = False
     version: tuple[int, ...] | None = None
     values: Mapping[str, list[float]] = field(default_factory=dict)
+    experts: bool = False
 
     def error(self, text: str) -> BadInputError:
         return BadInputError(f"module {self.module}: {text}")
@@ -46,12 +48,13 @@ class ModuleTensors:
         """The spec of a tensor that must be there.
 
         Raises:
-            BadInputError: it is not.
+            IncompleteError: it is not.
         """
         if name not in self.specs:
-            raise self.error(
-                f"tensor {name} is missing (has {', '.join(sorted(self.specs))}); the checkpoint "
-                "is incomplete or was not written by a compressed-tensors producer"
+            raise IncompleteError(
+                f"module {self.module}: tensor {name} is missing (has "
+                f"{', '.join(sorted(self.specs))}); the checkpoint is incomplete or was not made "
+                "by a compressed-tensors producer"
             )
         return self.specs[name]
 
@@ -63,6 +66,21 @@ class ModuleTensors:
         if rank is not None and len(spec.shape) != rank:
             raise self.error(f"{name} is {spec}, expected {rank} dimensions")
         return spec
+
+    def check_zero_points(self, spec: WeightSpec) -> None:
+        """Zero points that were stored for a symmetric scheme; that they are 0 is for the data.
+
+        Raises:
+            BadInputError: they are none of this weight's.
+        """
+        zero = self.specs["weight_zero_point"]
+        allowed = (spec.scale_shape, (spec.n,) if spec.groups == 1 else (), (1,), ())
+        if zero.shape not in allowed or zero.nbytes == 0:
+            raise self.error(
+                f"weight_zero_point is {zero} of a symmetric scheme, expected "
+                f"{list(spec.scale_shape or ())} like the scale; the config and the tensors "
+                "contradict each other"
+            )
 
 
 #: Few-element tensors whose values the plan needs (never weight data).

@@ -82,10 +82,14 @@ class PackQuantized(Format):
                 f"the config says {args.type}{bits}, which pack-quantized does not store"
             )
         packed = tensors.check("weight_packed", ("I32",), rank=2)
-        shape = tensors.check("weight_shape", ("I64", "I32"))
-        if shape.shape not in ((2,), (2, 1)):
-            raise tensors.error(f"weight_shape is {shape}, expected two elements")
-        n, k = (int(value) for value in tensors.values["weight_shape"])
+        if "weight_shape" not in tensors.specs and tensors.experts:
+            # experts that are parameters of one module have none: words are full
+            n, k = packed.shape[0], packed.shape[1] * 32 // bits
+        else:
+            shape = tensors.check("weight_shape", ("I64", "I32"))
+            if shape.shape not in ((2,), (2, 1)):
+                raise tensors.error(f"weight_shape is {shape}, expected two elements")
+            n, k = (int(value) for value in tensors.values["weight_shape"])
         if n != packed.shape[0] or k < 0:
             raise tensors.error(
                 f"weight_shape says [{n}, {k}], but weight_packed is {packed}; one of the two "

@@ -16,6 +16,8 @@ import re2
 
 _PREFIX = "re:"
 _LONGEST = 1000
+#: Names whose matches are kept, so that a large model's are looked up once.
+_REMEMBERED = 1_000_000
 #: What RE2 reads as text, or as a class of letters, and Python as a repeat, or as text.
 _READ_OTHERWISE = ("{,", "[[:")
 _OPTIONS = re2.Options()
@@ -81,26 +83,32 @@ class Patterns:
             for place, entry in enumerate(self.entries)
             if entry.startswith(_PREFIX)
         ]
-        self._known: dict[str, int | None] = {}
+        self._known: dict[str, tuple[int, ...]] = {}
 
     def __bool__(self) -> bool:
         return bool(self.entries)
 
-    def _by_pattern(self, name: str) -> int | None:
-        """The place of the first pattern that matches."""
+    def _by_pattern(self, name: str) -> tuple[int, ...]:
+        """The places of the patterns that match."""
         if not self._patterns:
-            return None
+            return ()
         if name not in self._known:
-            hits = (place for place, pattern in self._patterns if pattern.match(name))
-            self._known[name] = next(hits, None)
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[name] = tuple(
+                place for place, pattern in self._patterns if pattern.match(name)
+            )
         return self._known[name]
+
+    def all(self, name: str, cls: str | None = None) -> list[str]:
+        """Every entry that is the name, its class, or a pattern that matches the name, in order."""
+        places = {self._names.get(name), self._names.get(cls or ""), *self._by_pattern(name)}
+        return [self.entries[place] for place in sorted(p for p in places if p is not None)]
 
     def first(self, name: str, cls: str | None = None) -> str | None:
         """The first entry that is the name, its class, or a pattern that matches the name."""
-        found = (self._names.get(name), self._names.get(cls or ""), self._by_pattern(name))
-        places = [place for place in found if place is not None]
-        return self.entries[min(places)] if places else None
+        return next(iter(self.all(name, cls)), None)
 
     def any(self, name: str, cls: str | None = None) -> bool:
         """Whether an entry means the module, see :meth:`first`."""
-        return name in self._names or cls in self._names or self._by_pattern(name) is not None
+        return name in self._names or cls in self._names or bool(self._by_pattern(name))

@@ -61,8 +61,10 @@ class _Quantized(Format):
         scale = scale_spec(tensors, args, n, k)
         if not args.symmetric:
             zero = tensors.check("weight_zero_point", ("I8",))
-            flat = scale.shape[1] == 1 and zero.shape in ((scale.shape[0],), ())
-            if zero.shape != scale.shape and not flat:
+            rows = scale.shape[0]
+            flat = scale.shape[1] == 1 and zero.shape == (rows,)
+            single = scale.shape == (1, 1) and zero.shape == ()
+            if zero.shape != scale.shape and not flat and not single:
                 raise tensors.error(
                     f"weight_zero_point is {zero}, expected {list(scale.shape)} like the scale"
                 )

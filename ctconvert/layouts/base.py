@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
+from ctconvert.specs import Dtype, QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,8 @@ class Layout(ABC):
     #: The kernels that read it, for ``ctconvert layouts`` and the README; after a semicolon what
     #: stands for them here where they are not: see ``runtime.kernels``.
     read_by: ClassVar[str]
+    #: Of the activations that its bytes are made for, where they depend on it.
+    dtype: ClassVar[Dtype | None] = None
 
     @abstractmethod
     def supports(self, spec: WeightSpec) -> Support:

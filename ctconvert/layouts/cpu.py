@@ -41,15 +41,12 @@ from ctconvert.layouts.base import (
     weight_only,
 )
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
+from ctconvert.transforms.shapes import round_up
 
 if TYPE_CHECKING:
     import torch
 
 _BLOCK = 32
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _int4(spec: WeightSpec) -> Support:
@@ -73,7 +70,7 @@ class CPUW4A16(Layout):
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """N and K to multiples of 32."""
-        return _up(spec.n, _BLOCK), _up(spec.k, _BLOCK)
+        return round_up(spec.n, _BLOCK), round_up(spec.k, _BLOCK)
 
     def supports(self, spec: WeightSpec) -> Support:
         if not (general := _int4(spec)):
@@ -138,7 +135,7 @@ class CPUW4A8(Layout):
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """N and K to multiples of 32, K of 128 where one group is longer than that."""
         columns = 128 if spec.group_size is None and spec.k > 128 else _BLOCK
-        return _up(spec.n, _BLOCK), _up(spec.k, columns)
+        return round_up(spec.n, _BLOCK), round_up(spec.k, columns)
 
     def supports(self, spec: WeightSpec) -> Support:
         if not (general := _int4(spec)):
@@ -208,7 +205,7 @@ class CPUInt8(Layout):
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """N and K to multiples of 32."""
-        return _up(spec.n, _BLOCK), _up(spec.k, _BLOCK)
+        return round_up(spec.n, _BLOCK), round_up(spec.k, _BLOCK)
 
     def supports(self, spec: WeightSpec) -> Support:
         if spec.family != "w8a8" or spec.kind != "int":

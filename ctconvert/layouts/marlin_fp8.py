@@ -39,7 +39,6 @@ class MarlinFP8(Layout):
     """For bfloat16 activations."""
 
     name = "marlin-fp8"
-    #: Of the activations.
     dtype: ClassVar[Dtype] = "BF16"
     takes = "FP8, per tensor, per channel or block-wise, for bfloat16 activations"
     writes = "weight, weight_scale, weight_scale_source, input_scale"

@@ -47,7 +47,6 @@ class MarlinNVFP4(Layout):
     """For bfloat16 activations."""
 
     name = "marlin-nvfp4"
-    #: Of the activations.
     dtype: ClassVar[Dtype] = "BF16"
     takes = "NVFP4, with or without activation quantisation, for bfloat16 activations"
     writes = (

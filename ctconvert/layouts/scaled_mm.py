@@ -13,9 +13,11 @@ After::
     weight_zero_point  i8 [N, 1], signed     asymmetric weights
     input_scale        f32 [1]               static activations
     input_zero_point   i8 [1], signed        static asymmetric activations
+    azp_adj            i32 [1, N]            dynamic asymmetric activations: sums of weight over K
 
 ``W[n, k] = (weight - weight_zero_point) * weight_scale``. The layout of vLLM's
-``cutlass_scaled_mm``.
+``cutlass_scaled_mm`` and ``cutlass_scaled_mm_azp``, which makes the zero points of dynamic
+activations itself and takes them out of the product by ``azp_adj``.
 """
 
 from __future__ import annotations
@@ -36,10 +38,15 @@ BLOCK = (128, 128)
 MOST_COLUMNS = 65536
 
 
+def asymmetric_dynamic(spec: WeightSpec) -> bool:
+    """Whether the kernel makes a zero point for every token."""
+    return spec.kind == "int" and "asym dynamic" in (spec.activations or "")
+
+
 class ScaledMM(Layout):
     name = "scaled-mm"
     takes = "dense INT8 and FP8, per tensor, per channel or (FP8) block-wise"
-    writes = "weight, weight_scale, weight_zero_point, input_scale, input_zero_point"
+    writes = "weight, weight_scale, weight_zero_point, input_scale, input_zero_point, azp_adj"
     read_by = "W8A8 scaled matmul kernels"
 
     def supports(self, spec: WeightSpec) -> Support:
@@ -52,8 +59,8 @@ class ScaledMM(Layout):
             )
         if spec.block is not None and spec.block != BLOCK:
             return Support(f"scale blocks of {spec.block[0]} x {spec.block[1]}; it takes 128 x 128")
-        if not spec.input_symmetric and not spec.side:
-            return Support("asymmetric dynamic activations, whose zero points no kernel here makes")
+        if not spec.input_symmetric and not spec.side and not asymmetric_dynamic(spec):
+            return Support(f"activations {spec.activations}, whose zero points nothing here makes")
         if spec.kind == "int" and spec.k > MOST_COLUMNS:
             return Support(
                 f"K = {spec.k}: an int32 sum of more than {MOST_COLUMNS} products could overflow"
@@ -74,6 +81,8 @@ class ScaledMM(Layout):
             specs["weight_zero_point"] = TensorSpec("I8", spec.scale_shape)
         for name, _ in spec.side_zero_points:
             specs[name] = TensorSpec("I8", (1,))
+        if asymmetric_dynamic(spec):
+            specs["azp_adj"] = TensorSpec("I32", (1, spec.n))
         return specs | side_specs(spec)
 
     def views(self, spec: WeightSpec) -> dict[str, str]:
@@ -82,6 +91,7 @@ class ScaledMM(Layout):
     def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         import torch
 
+        from ctconvert.transforms.cpu.sums import byte_sums
         from ctconvert.transforms.packed import unpack_int8
 
         spec = weight.spec
@@ -95,16 +105,21 @@ class ScaledMM(Layout):
             made["weight_zero_point"] = (weight.zero_point ^ 0x80).view(torch.int8)
         for name, value in spec.side_zero_points:
             made[name] = torch.tensor([value], dtype=torch.int8, device=codes.device)
+        if asymmetric_dynamic(spec):
+            made["azp_adj"] = byte_sums(codes)[None]
         return made | encode_side(weight)
 
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
         import torch
 
+        from ctconvert.transforms.cpu.sums import byte_sums
         from ctconvert.transforms.dtypes import torch_dtype
         from ctconvert.transforms.packed import pack_int8
 
         assert spec.scale_dtype is not None
         codes = tensors["weight"]
+        if asymmetric_dynamic(spec) and not torch.equal(byte_sums(codes)[None], tensors["azp_adj"]):
+            raise ValueError("azp_adj are not the sums of weight over K")
         if spec.storage == "packed":
             codes = pack_int8(codes, 8)
         zero_point = None

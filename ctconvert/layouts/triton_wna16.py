@@ -12,7 +12,8 @@ After::
     scales   [groups, N]        in the source's dtype
     qzeros   i32 [groups, N/f]  code j of word (g, c) is the zero point of n = c*f + j
 
-``W[n, k] = (code - zero) * scale`` with zero = 2^(b-1) where symmetric. The layout of vLLM's
+``W[n, k] = (code - zero) * scale`` with zero = 2^(b-1) where symmetric. N fills whole words: other
+weights are padded before, with code, scale and zero point 0. The layout of vLLM's
 ``triton_w4a16`` kernel, for three bit widths.
 """
 
@@ -30,6 +31,7 @@ from ctconvert.layouts.base import (
     weight_only,
 )
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
+from ctconvert.transforms.shapes import round_up
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +43,10 @@ class TritonWNA16(Layout):
     writes = "qweight, scales, qzeros"
     read_by = "Triton W2/W4/W8A16 kernels"
 
+    def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
+        """N to a multiple of the codes in a word."""
+        return round_up(spec.n, spec.codes_per_word), spec.k
+
     def supports(self, spec: WeightSpec) -> Support:
         if not (general := weight_only(spec)):
             return general
@@ -48,8 +54,6 @@ class TritonWNA16(Layout):
             return Support(f"{spec.bits}-bit codes; it takes 2, 4 and 8")
         if spec.has_g_idx:
             return Support("act-order columns (weight_g_idx); its groups are contiguous")
-        if spec.n % spec.codes_per_word:
-            return Support(f"N = {spec.n} is no multiple of {spec.codes_per_word} codes a word")
         return Support()
 
     def output_specs(self, spec: WeightSpec) -> dict[str, TensorSpec]:

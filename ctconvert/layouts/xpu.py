@@ -11,6 +11,9 @@ After::
     weight_scale       [groups, N]   in the source's dtype
     weight_zero_point  i8 [1] = 8
 
+N is a multiple of 8: other weights are padded before, with code and scale 0. K is one as it is, for
+the kernels take groups of 32 and whole words.
+
 The kernels are ``torch.ops._xpu_C.int4_gemm_w4a8`` (activations: dynamic per-token symmetric INT8)
 and ``int4_gemm_w4a16`` of vLLM's XPU kernels.
 """
@@ -29,6 +32,7 @@ from ctconvert.layouts.base import (
     weight_only,
 )
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
+from ctconvert.transforms.shapes import round_up
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +43,10 @@ _ZERO_POINT = 8
 class _XPU(Layout):
     writes = "weight_packed, weight_scale, weight_zero_point"
     families: ClassVar[tuple[str, ...]]
+
+    def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
+        """N to a multiple of 8."""
+        return round_up(spec.n, 8), spec.k
 
     def supports(self, spec: WeightSpec) -> Support:
         if not (general := weight_only(spec)):
@@ -58,8 +66,8 @@ class _XPU(Layout):
             return Support("act-order columns (weight_g_idx); its groups are contiguous")
         if spec.group_size and spec.group_size % 32:
             return Support(f"group size {spec.group_size}; it takes multiples of 32")
-        if spec.n % 8 or spec.k % 8:
-            return Support(f"N x K = {spec.n} x {spec.k}; it takes multiples of 8")
+        if spec.k % 8:
+            return Support(f"K = {spec.k} is no multiple of 8 codes a word")
         return Support()
 
     def output_specs(self, spec: WeightSpec) -> dict[str, TensorSpec]:

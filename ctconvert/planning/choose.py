@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Literal
+
+from msgspec.structs import replace
 
 from ctconvert import layouts
 from ctconvert.assembly import Assembly
@@ -12,8 +16,12 @@ from ctconvert.errors import UsageError
 from ctconvert.formats.patterns import Pattern, PatternError
 from ctconvert.layouts import Layout
 from ctconvert.planning.assemble import Candidate, padded
+from ctconvert.planning.describe import as_text
 from ctconvert.records import Options, Recipe
-from ctconvert.specs import TensorSpec, WeightSpec
+from ctconvert.specs import Dtype, Support, TensorSpec, WeightSpec
+
+#: The dtypes of activations that layouts are made for.
+DTYPES: Mapping[Literal["bfloat16", "float16"], Dtype] = {"bfloat16": "BF16", "float16": "F16"}
 
 
 def matches(pattern: str, module: str) -> bool:
@@ -54,6 +62,27 @@ def check_options(options: Options) -> None:
         raise UsageError("--max-shard-size must be positive")
 
 
+def dtype_named(name: str | None) -> Literal["bfloat16", "float16"] | None:
+    """The dtype that a user names.
+
+    Raises:
+        UsageError: no layout is made for such activations.
+    """
+    found = next((dtype for dtype in DTYPES if dtype == name), None)
+    if found is None and name is not None:
+        raise UsageError(f"--dtype {name!r}: it must be {' or '.join(DTYPES)}")
+    return found
+
+
+def stated_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype of a model's activations as its config.json says it, None where it does not."""
+    for part in (config, config.get("text_config")):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part, Mapping) and part.get(key) is not None:
+                return as_text(part[key]).removeprefix("torch.")
+    return None
+
+
 @dataclass(frozen=True)
 class Choice:
     """How a module is made, and the tensors its layout makes, by local name."""
@@ -63,12 +92,31 @@ class Choice:
 
 
 class Chooser:
-    """Chooses layouts for one set of options, the verdict on each kind of weight kept."""
+    """Chooses layouts for one set of options, the verdict on each kind of weight kept.
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    ``options`` are those given, with the dtype that the model's ``config`` says.
+    """
+
+    def __init__(self, options: Options, config: Mapping[str, Any]) -> None:
+        stated = stated_dtype(config)
+        found = next((name for name in DTYPES if name == (stated or "bfloat16")), None)
+        self.options = replace(options, dtype=options.dtype or found)
+        self.stated = stated
+        self._assumed = options.dtype is None and stated is None
         self._verdicts: dict[tuple[tuple[str, ...], WeightSpec], Layout | str] = {}
         self._recipes: dict[tuple[str, WeightSpec, Assembly], Choice] = {}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the choices so far."""
+        made = {name for name, _, _ in self._recipes}
+        depend = [layout.name for layout in layouts.LAYOUTS if layout.dtype and layout.name in made]
+        if not depend or not self._assumed:
+            return []
+        return [
+            f"{', '.join(depend)}: made for bfloat16 activations, since config.json names no dtype "
+            "(--dtype does)"
+        ]
 
     def _preference(self, module: str) -> tuple[str, ...]:
         """The layouts to try for a module, in order: an override alone, or the target's."""
@@ -77,6 +125,26 @@ class Chooser:
                 return (name,)
         assert self.options.target is not None
         return layouts.TARGETS[self.options.target]
+
+    def _suits(self, layout: Layout, weight: WeightSpec) -> Support:
+        """Whether a layout that a target prefers takes the weight, for these activations."""
+        support = layout.supports(weight)
+        if not support:
+            return support
+        if layout.dtype is not None and self.options.dtype is None:
+            return Support(
+                f"it is made for bfloat16 or float16 activations, and config.json says "
+                f"{self.stated} (--dtype chooses one)"
+            )
+        if self.options.dtype is not None and layout.dtype not in (
+            None,
+            DTYPES[self.options.dtype],
+        ):
+            return Support(f"the activations are {self.options.dtype}", other_kind=True)
+        needy = layouts.QUANTISED_ACTIVATIONS.get(self.options.target or "", ())
+        if layout.name in needy and weight.input_type is None:
+            return Support("16-bit activations, which its kernel would quantise", other_kind=True)
+        return support
 
     def choice(self, candidate: Candidate) -> Choice | str:
         """How a module is made, or the reasons why no layout takes it."""
@@ -121,17 +189,22 @@ class Chooser:
         """The first layout that supports the weight, or the reasons why none does."""
         reasons: list[str] = []
         others: list[str] = []
+        preferred = names == layouts.TARGETS[self.options.target or ""]
         for name in names:
             layout = layouts.get(name)
             assert layout is not None
-            support = layout.supports(weight)
+            support = self._suits(layout, weight) if preferred else layout.supports(weight)
             if support:
                 return layout
             (others if support.other_kind else reasons).append(f"{name}: {support.reason}")
         if not reasons and len(others) > 1:
-            what = "embedding tables" if weight.embedding else f"{weight.family} weights"
-            return (
+            what = "weights" if weight.family == "other" else f"{weight.family} weights"
+            what = "embedding tables" if weight.embedding else what
+            reasons = [
                 f"no layout of target {self.options.target} is for {what} such as this "
                 f"({weight.label})"
-            )
+            ]
+        elsewhere = [item.name for item in layouts.LAYOUTS if item.supports(weight)]
+        if preferred and elsewhere:
+            reasons.append(f"layouts of other targets that take it: {', '.join(elsewhere)}")
         return "; ".join(reasons or others)

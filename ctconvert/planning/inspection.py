@@ -117,5 +117,5 @@ def inspection(description: Description, plan: Plan | None) -> Inspection:
             for module in description.modules.values()
         ],
         target=None if plan is None else plan.options.target,
-        oddities=description.oddities,
+        oddities=description.oddities if plan is None else list(plan.notes),
     )

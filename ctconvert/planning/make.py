@@ -8,12 +8,12 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from ctconvert.errors import UnsupportedError, UsageError
+from ctconvert.errors import BadInputError, UnsupportedError, UsageError
 from ctconvert.formats.quantization import with_config
 from ctconvert.planning.assemble import Candidate, alone, fuse, possible_names
 from ctconvert.planning.choose import Choice, Chooser, check_options, matches
 from ctconvert.planning.describe import Description
-from ctconvert.planning.place import Placed, place
+from ctconvert.planning.place import Placed, check_names, place
 from ctconvert.records import (
     FORMAT_VERSION,
     Convert,
@@ -42,7 +42,8 @@ def make_plan(description: Description, options: Options) -> Plan:
     ``keep_unsupported``.
 
     Raises:
-        BadInputError: two output tensors would have one name.
+        BadInputError: two output tensors would have one name, or a side file's folder the name of
+            a file of the output.
         UsageError: a target or layout does not exist, or one was asked for modules that are not
             there.
     """
@@ -55,7 +56,7 @@ def make_plan(description: Description, options: Options) -> Plan:
                     f"--layout {pattern}={layout}: no quantised module has such a name"
                 )
     notes: list[str] = []
-    chooser = Chooser(options)
+    chooser = Chooser(options, description.checkpoint.config)
     made: dict[str, _Made] = {}  # by the name of each source module
     refusals: list[Refusal] = []
     if options.fuse:
@@ -73,32 +74,48 @@ def make_plan(description: Description, options: Options) -> Plan:
             candidate = alone(module.source)
             reason = chooser.choice(candidate)
         if isinstance(reason, str):
-            refusals.append(Refusal(module.name, module.format, module.label, reason))
+            fault = module.fault
+            refusals.append(Refusal(module.name, module.format, module.label, reason, fault))
         else:
             made[module.name] = (candidate, reason)
     refused = {refusal.module for refusal in refusals}
     sizes = description.checkpoint.store.sizes()
     order = list(_in_source_order(description, made, refused))
     shards, placed = place(map(_outputs, order), options.max_shard_size)
+    side_files = description.checkpoint.side_files()
+    check_names(shards, side_files)
     plan = Plan(
         kind="converted",
-        options=options,
+        options=chooser.options,
         source=_origin(description.checkpoint),
         items=tuple(_item(item, placed) for item in order),
         shards=shards,
         config="",
-        side_files=tuple(
-            SourceFile(name, sizes[name]) for name in description.checkpoint.side_files()
-        ),
+        side_files=tuple(SourceFile(name, sizes[name]) for name in side_files),
         kept=tuple(refusals) if options.keep_unsupported else (),
         refusals=() if options.keep_unsupported else tuple(refusals),
-        notes=(*notes, *description.oddities),
+        notes=(*notes, *chooser.notes, *description.oddities),
     )
     return _with_config(plan, description)
 
 
 def refuse(plan: Plan) -> None:
-    """Raises :class:`UnsupportedError` listing every refusal of a plan, if there is one."""
+    """Refuses a plan with refusals.
+
+    Raises:
+        BadInputError: the source contradicts itself in some modules; the first is told.
+        UnsupportedError: the target takes some modules not; all are listed.
+    """
+    if faults := [refusal for refusal in plan.refusals if refusal.fault]:
+        others = ""
+        if len(faults) > 1:
+            count = len(faults) - 1
+            others = f" (and {count} other module{'s' * (count > 1)} too: {faults[1].module}"
+            others += ", ...)" if count > 1 else ")"
+        raise BadInputError(
+            f"module {faults[0].module}: {faults[0].reason}{others}; --keep-unsupported copies "
+            "such modules unchanged"
+        )
     if plan.refusals:
         lines = "".join(f"\n  {refusal}" for refusal in plan.refusals)
         count = len(plan.refusals)
@@ -124,8 +141,9 @@ def _in_source_order(
     description: Description, made: Mapping[str, _Made], refused: set[str]
 ) -> Iterator[_Made | TensorEntry]:
     placed: set[str] = set()
+    owners = description.owners
     for entry in description.checkpoint.tensors.values():
-        module = entry.name.rpartition(".")[0]
+        module = owners.get(entry.name) or entry.name.rpartition(".")[0]
         if entry.name in description.plain or module in refused:
             yield entry
             continue
@@ -181,7 +199,7 @@ def _with_config(plan: Plan, description: Description) -> Plan:
     }
     if plan.kept:
         ours["unconverted"] = [refusal.module for refusal in plan.kept]
-    config = with_config(description.checkpoint.config, settings.path, ours)
+    config = with_config(description.checkpoint.config, ours)
     return replace(plan, config=json.dumps(config, indent=2) + "\n")
 
 
@@ -194,6 +212,9 @@ def restore_plan(manifest: Manifest, id: str, max_shard_size: int) -> Plan:
         manifest: of the output.
         id: what the output is called.
         max_shard_size: bytes of tensors in one file.
+
+    Raises:
+        BadInputError: two tensors have one name, or a side file the name of another file.
     """
     made = manifest.plan
     items: list[Restore | Copy] = [
@@ -210,6 +231,7 @@ def restore_plan(manifest: Manifest, id: str, max_shard_size: int) -> Plan:
     items.sort(key=first)
     groups = [{entry.name: entry.spec for entry in item.made} for item in items]
     shards, placed = place(groups, max_shard_size)
+    check_names(shards, [file.name for file in made.side_files])
     return Plan(
         kind="restored",
         options=Options(target=None, max_shard_size=max_shard_size),

@@ -8,6 +8,7 @@ from typing import Any
 from ctconvert.errors import BadInputError
 from ctconvert.records import Plan, Shard
 from ctconvert.specs import DTYPE_BITS, TensorSpec
+from ctconvert.store.checkpoint import CONFIG, INDEX, MANIFEST
 from ctconvert.store.safetensors import TensorEntry, build_header
 
 Placed = dict[str, TensorEntry]
@@ -60,6 +61,23 @@ def place(
         total = len(header) + sum(spec.nbytes for _, spec in tensors)
         made.append(Shard(file, total, tuple(name for name, _ in tensors)))
     return tuple(made), placed
+
+
+def check_names(shards: Sequence[Shard], side_files: Iterable[str]) -> None:
+    """Made sure of before anything is written: no folder stands where the output has a file.
+
+    Raises:
+        BadInputError: a side file lies in a folder that is called as one of the output's files.
+    """
+    index = [INDEX] if len(shards) > 1 else []
+    needed = {CONFIG, MANIFEST, *index, *(shard.name for shard in shards)}
+    for name in side_files:
+        first = name.partition("/")[0]
+        if first in needed:
+            raise BadInputError(
+                f"{name}: {first} is a file of the output; rename that folder of the source, or "
+                "leave it out"
+            )
 
 
 def index_of(shards: Sequence[Shard], entries: Mapping[str, TensorEntry]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from ctconvert.assembly import assembled, leaves
 from ctconvert.errors import VerificationError
 from ctconvert.records.border import Sha256, from_json, to_json
 from ctconvert.records.plan import Convert, Plan, Restore
+from ctconvert.records.sources import wrong_source, wrong_units
 from ctconvert.specs import Size, WeightSpec
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import MANIFEST
@@ -147,12 +149,25 @@ def _contradiction(manifest: Manifest) -> str | None:
     for entry in entries.values():
         if entry.file != place[entry.name]:
             return f"tensor {entry.name} lies in {entry.file}, and another shard lists it"
+    for name, text in (("plan.config", plan.config), ("plan.source.config", plan.source.config)):
+        if not _is_object(text):
+            return f"{name} is no JSON object"
+    modules: list[Convert] = []
     for item in plan.items:
-        modules = item.modules if isinstance(item, Restore) else (item,)
-        for module in modules:
-            if isinstance(module, Convert) and (wrong := _wrong_module(module)):
-                return f"module {module.name}: {wrong}"
-    return None
+        if isinstance(item, Convert | Restore):
+            modules += item.modules if isinstance(item, Restore) else (item,)
+    for module in modules:
+        if wrong := _wrong_module(module):
+            return f"module {module.name}: {wrong}"
+    return wrong_units(modules)
+
+
+def _is_object(text: str) -> bool:
+    """Whether it is what a config.json must be."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _wrong_weight(spec: WeightSpec) -> str | None:
@@ -196,6 +211,8 @@ def _wrong_module(module: Convert) -> str | None:
         for local, value in source.values.items():
             if local not in source.tensors or len(value) != 2 * source.tensors[local].nbytes:
                 return f"{source.name}: {local} has a value that is not its own"
+        if not {*source.zeros, *source.shared} <= source.tensors.keys():
+            return f"{source.name} lacks tensors that it lists"
         if source.beside.keys() != module.beside.keys():
             return f"{source.name} has other tensors beside the weight"
         for local in source.tensors:
@@ -204,9 +221,11 @@ def _wrong_module(module: Convert) -> str | None:
         if source.experts is not None and any(
             entry.spec.shape[:1] != (source.experts,)
             for local, entry in source.tensors.items()
-            if local not in source.values
+            if local not in source.values and local not in source.shared
         ):
             return f"the tensors of {source.name} have no {source.experts} experts"
+        if wrong := wrong_source(source):
+            return f"{source.name}: {wrong}"
     prefix = module.name + "."
     for entry in module.made:
         if not entry.name.startswith(prefix):

@@ -18,10 +18,13 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the user asked for; all of it shapes the bytes of the output.
 
     ``target`` is None for a restored checkpoint, which is made for nothing but itself.
-    ``overrides`` are (pattern, layout), the first that matches a module deciding.
+    ``overrides`` are (pattern, layout), the first that matches a module deciding. ``dtype`` is that
+    of the activations, for layouts whose bytes depend on it; a plan's is what config.json says
+    where the user says nothing, None where that is neither of them.
     """
 
     target: str | None
+    dtype: Literal["bfloat16", "float16"] | None = None
     fuse: bool = False
     keep_unsupported: bool = False
     overrides: tuple[tuple[str, str], ...] = ()
@@ -34,7 +37,9 @@ class SourceModule(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``weight`` describes one 2-D weight, and ``experts`` counts them where tensors are 3-D (None
     where they are not). ``tensors`` are those that hold the weight, whole, by local name;
     ``values`` the contents of the few-element ones (``weight_shape``, static activation scales), in
-    hexadecimal. ``beside`` are tensors of the module that are no part of the weight (``bias``).
+    hexadecimal. ``zeros`` are those of ``tensors`` that must hold nothing but zeros (zero points of
+    a symmetric scheme), ``shared`` those that are all experts', not one's. ``beside`` are tensors
+    of the module that are no part of the weight (``bias``).
     """
 
     name: str
@@ -42,14 +47,17 @@ class SourceModule(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tensors: dict[str, TensorEntry]
     experts: Count | None = None
     values: dict[str, Hex] = {}
+    zeros: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     beside: dict[str, TensorEntry] = {}
 
     def entries(self, expert: int | None) -> dict[str, TensorEntry]:
         """The tensors of one expert, slices of the 3-D ones; all as they are where None."""
         if expert is None:
             return self.tensors
+        whole = {*self.values, *self.shared}
         return {
-            local: entry if local in self.values else expert_entry(entry, expert)
+            local: entry if local in whole else expert_entry(entry, expert)
             for local, entry in self.tensors.items()
         }
 
@@ -178,12 +186,16 @@ Item = Convert | Copy | Restore
 
 
 class Refusal(Struct, frozen=True):
-    """A quantised module that gets no layout, with the reason."""
+    """A quantised module that gets no layout, with the reason.
+
+    ``fault`` says that the source contradicts itself there.
+    """
 
     module: str
     format: str
     scheme: str
     reason: str
+    fault: bool = False
 
     def __str__(self) -> str:
         text = f"{self.module} ({self.format}, {self.scheme}): {self.reason}"

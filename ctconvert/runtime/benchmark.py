@@ -116,7 +116,7 @@ def product_of(binding: Binding, device: torch.device) -> str | None:
     Returns:
         what :class:`~ctconvert.runtime.kernels.Kernel` says of products.
     """
-    product = kernels.get(binding.layout).product(binding.spec)
+    product = kernels.get(binding.layout, binding.spec).product(binding.spec)
     # No kernel runs on a CPU; torch computes the references densely.
     return product and "bf16" if device.type == "cpu" else product
 
@@ -193,7 +193,7 @@ class BenchReport(Struct, frozen=True):
     """A device's name, its measured limits, the matmul's by type, and what the kernels took.
 
     The types are ``bf16``, and ``int8`` and ``fp8`` where modules multiply in them and they can be
-    measured. ``without_kernel`` are the layouts that no kernel here runs.
+    measured. ``without_kernel`` are the layouts of modules that no kernel here runs.
     """
 
     device: str
@@ -212,21 +212,22 @@ def bench(out: Path, device: str, rows: tuple[int, ...]) -> BenchReport:
         rows: the numbers M of tokens, or of rows looked up, to time.
 
     Raises:
-        UsageError: there is no such directory or device, or nothing in it was converted.
+        UsageError: there is no such directory or device, nothing in it was converted, or
+            no kernel here runs any of it.
         VerificationError: the manifest is damaged or does not fit the files.
         ConversionError: an M takes more memory than the device has.
     """
     measured: list[BenchRow] = []
     with Loader(out, device) as loader:
-        layouts = {binding.layout for binding in loader.bindings.values()}
-        missing = sorted(name for name in layouts if kernels.find(name) is None)
-        chosen = [
-            whole
-            for whole in _distinct(loader.bindings)
-            if loader.bindings[whole].layout not in missing
-        ]
-        if not chosen and missing:
-            kernels.get(missing[0])  # says that there is none
+        chosen: list[str] = []
+        missing: list[str] = []
+        for whole in _distinct(loader.bindings):
+            bound = loader.bindings[whole]
+            run = kernels.find(bound.layout, bound.spec) is not None
+            (chosen if run else missing).append(whole)
+        if missing and not chosen:
+            bound = loader.bindings[missing[0]]
+            kernels.get(bound.layout, bound.spec)  # says that there is none
         if not chosen:
             raise UsageError(f"{out}: holds no converted module, so there is no kernel to time")
         products = {product_of(loader.bindings[whole], loader.device) for whole in chosen}
@@ -240,8 +241,8 @@ def bench(out: Path, device: str, rows: tuple[int, ...]) -> BenchReport:
                 measured += _bench_linear(name, module, rows, loader.device, limits)
             if isinstance(stack := modules.get(whole), KernelExperts):
                 measured += _bench_experts(whole, stack, rows, loader.device, limits)
-    rates = dict(limits.matmul)
-    return BenchReport(_name(loader.device), limits.copy, rates, measured, tuple(missing))
+    rates, unrun = dict(limits.matmul), {loader.bindings[whole].layout for whole in missing}
+    return BenchReport(_name(loader.device), limits.copy, rates, measured, tuple(sorted(unrun)))
 
 
 def _distinct(bindings: Mapping[str, Binding]) -> list[str]:

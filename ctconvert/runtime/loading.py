@@ -72,16 +72,17 @@ class Loader:
     """A converted checkpoint, open: its modules and tensors, read straight to the device by name.
 
     Args:
-        out: a converted checkpoint.
+        out: a converted checkpoint, or its directory.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``.
 
     Raises:
         UsageError: there is no such directory or device.
         VerificationError: the manifest is damaged or does not fit the files.
+        ConversionError: it is no longer the checkpoint that was opened.
     """
 
-    def __init__(self, out: str | Path, device: str = "auto") -> None:
-        self.output = Output.open(out)
+    def __init__(self, out: str | Path | Output, device: str = "auto") -> None:
+        self.output = out if isinstance(out, Output) else Output.open(out)
         self.device = devices.resolve(device)
         self.folder = Path(self.output.where)
         self.converted = {module.name: module for module in self.output.plan.modules}
@@ -93,6 +94,11 @@ class Loader:
             )
             for shard in self.output.plan.shards
         }
+        try:
+            self.output.check_unchanged()  # what is open now is what its manifest means
+        except ConversionError:
+            self._stack.close()
+            raise
 
     def __enter__(self) -> Loader:
         return self
@@ -132,7 +138,7 @@ class Loader:
         for index in range(module.experts):
             one = {local: tensor[index] for local, tensor in tensors.items()}
             found[f"{name}.{index}"] = kind(binding, one, None if bias is None else bias[index])
-        if kernels.get(binding.layout).grouped(binding.spec) is not None:
+        if kernels.get(binding.layout, binding.spec).grouped(binding.spec) is not None:
             found[name] = KernelExperts(binding, tensors, bias)
         return found
 

@@ -26,7 +26,7 @@ class _Kernel(nn.Module):
     ) -> None:
         super().__init__()
         self.binding = binding
-        self.kernel = kernels.get(binding.layout)
+        self.kernel = kernels.get(binding.layout, binding.spec)
         self._names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)

@@ -10,12 +10,12 @@ not even that, its modules are counted, and nothing is proved of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from msgspec.structs import replace
 
 from ctconvert.errors import VerificationError
+from ctconvert.output import Output
 from ctconvert.progress import Progress
 from ctconvert.records import KernelRun
 from ctconvert.runtime import activations, kernels
@@ -193,7 +193,7 @@ class Proved:
     missing: dict[str, int]
 
 
-def verify_kernels(out: Path, device: str, progress: Progress) -> Proved:
+def verify_kernels(output: Output, device: str, progress: Progress) -> Proved:
     """Runs every module of a converted checkpoint and compares it with the reference.
 
     Activations are bfloat16, float16 where a module's scales are or its layout is made for them.
@@ -201,20 +201,21 @@ def verify_kernels(out: Path, device: str, progress: Progress) -> Proved:
     of the layout's name and ``grouped``.
 
     Args:
-        out: a converted checkpoint.
+        output: a converted checkpoint.
         device: where the kernels run.
         progress: told of modules done, by their bytes.
 
     Raises:
         VerificationError: a kernel is off by more than its layout's tolerance.
+        ConversionError: it is no longer the checkpoint that was opened.
     """
     runs: dict[str, KernelRun] = {}
     missing: dict[str, int] = {}
-    with Loader(out, device) as loader:
+    with Loader(output, device) as loader:
         sizes = loader.sizes()
         progress.phase("running", sum(sizes.values()))
         for whole, binding in loader.bindings.items():
-            if kernels.find(binding.layout) is None:
+            if kernels.find(binding.layout, binding.spec) is None:
                 missing[binding.layout] = missing.get(binding.layout, 0) + 1
                 progress.advance(sizes[whole])
                 continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 #: Bytes read, copied or hashed at once where no transform needs a whole tensor.
 CHUNK = 8 << 20
@@ -39,7 +39,20 @@ class Store(ABC):
 
     @abstractmethod
     def fingerprint(self, name: str) -> str:
-        """A text that changes whenever the file's content may have changed."""
+        """A text that changes whenever the file's content may have changed.
+
+        Raises:
+            ConversionError: the file is no longer the one that :meth:`sizes` has listed.
+        """
+
+    def check_unchanged(self, names: Iterable[str]) -> None:
+        """Made sure of when files were read: they are still those that the store has listed.
+
+        Raises:
+            ConversionError: one is another now, so that what was read may not belong together.
+        """
+        for name in names:
+            self.fingerprint(name)
 
     def left_out(self) -> Mapping[str, str]:
         """What stands beside the files and is none, by name, with the reason."""

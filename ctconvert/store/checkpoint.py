@@ -50,7 +50,8 @@ class Checkpoint:
 
     ``config`` is config.json and ``config_text`` its text, ``tensors`` every tensor by name in
     file and offset order, ``shards`` the files that hold them, ``metadata`` what their headers
-    hold under ``__metadata__``, by file.
+    hold under ``__metadata__``, by file. Where there is an index it says what the checkpoint is
+    made of; ``unlisted`` are the tensors in its shards that it does not list, as loaders ignore.
 
     Raises:
         BadInputError: a file is missing, damaged or contradicts another.
@@ -67,6 +68,7 @@ class Checkpoint:
         else:
             self.shards = _shards_without_index(store)
         self.tensors: dict[str, TensorEntry] = {}
+        self.unlisted: list[str] = []
         self.metadata: dict[str, dict[str, str]] = {}
         for shard in self.shards:
             header = read_header(store, shard)
@@ -84,16 +86,23 @@ class Checkpoint:
         where = self.store.path(shard)
         if weight_map is not None and weight_map.get(entry.name) != shard:
             listed = weight_map.get(entry.name)
+            if listed is None:
+                self.unlisted.append(entry.name)
+                return
             raise BadInputError(
-                f"{where}: holds tensor {entry.name}, which the index "
-                + (f"places in {listed}" if listed else "does not list")
-                + "; the index and the shards do not belong together"
+                f"{where}: holds tensor {entry.name}, which the index places in {listed}; the "
+                "index and the shards do not belong together"
             )
         if entry.name in self.tensors:
             raise BadInputError(
                 f"{where}: tensor {entry.name} is also in {self.tensors[entry.name].file}"
             )
         self.tensors[entry.name] = entry
+
+    def check_unchanged(self) -> None:
+        """Raises ConversionError where a file is no longer the one that was opened."""
+        index = [INDEX] if INDEX in self.store.sizes() else []
+        self.store.check_unchanged([CONFIG, *index, *self.shards])
 
     def side_files(self) -> list[str]:
         """Files to copy beside the weights: tokenizer, generation config, chat template, ..."""

@@ -26,6 +26,8 @@ from ctconvert.store.writer import cannot_write, fsync_directory
 
 #: What stood under OUT, inside its partial output, while it is replaced in two steps.
 OLD = "old"
+#: What every partial output holds from its first file to its last; a directory without is not ours.
+JOURNAL = "journal.jsonl"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -51,23 +53,43 @@ def exchange(a: Path, b: Path) -> bool:
     raise OSError(number, os.strerror(number), str(b))
 
 
+def take_lock(root: Path) -> int | None:
+    """Locks a partial output.
+
+    Returns:
+        a descriptor, which holds the lock until it is closed; None where another run holds it.
+
+    Raises:
+        OSError: there is no such directory, or a link in its place.
+    """
+    while True:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(root, flags)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), root.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # another run has made it again since it was opened
+
+
 @contextmanager
 def locked(root: Path) -> Iterator[bool]:
     """Holds the lock of a partial output; False where another run does, or it is gone."""
     try:
-        descriptor = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = take_lock(root)
     except OSError:
-        yield False
-        return
+        descriptor = None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
-    except OSError:
-        free = False
-    try:
-        yield free
+        yield descriptor is not None
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def recover(out: Path) -> None:
@@ -78,11 +100,13 @@ def recover(out: Path) -> None:
     """
     if out.is_symlink():
         out = out.resolve()  # beside which it was made
-    old = partial_of(out) / OLD
+    partial = partial_of(out)
+    old = partial / OLD
     if not os.path.lexists(old) or in_use(out):
         return
-    with locked(partial_of(out)) as free:
-        if free and os.path.lexists(old) and not in_use(out):
+    with locked(partial) as free:
+        ours = (partial / JOURNAL).is_file()
+        if free and ours and os.path.lexists(old) and not in_use(out):
             try:
                 old.rename(out)
                 fsync_directory(out.parent)
@@ -93,8 +117,12 @@ def recover(out: Path) -> None:
 def check_replaceable(out: Path) -> None:
     """Refuses to replace what ctconvert has not made.
 
+    The manifest may be of any version and its hash wrong: an output that is damaged or that only
+    another version reads is replaced, too. All that counts is that no file is there which it does
+    not list.
+
     Raises:
-        UsageError: it has no sound manifest, or it holds files that are not in it.
+        UsageError: it has no manifest that lists its files, or it holds others.
     """
     if not out.is_dir() or out.is_symlink():
         raise UsageError(f"{out} is no directory; only a checkpoint of ctconvert's is replaced")
@@ -192,6 +220,22 @@ def check_place(source: Path | None, out: Path) -> Path:
             f"{out} is the current directory or holds it, and cannot be replaced; name another"
         )
     return out
+
+
+def check_links(source: LocalStore, out: Path) -> None:
+    """Refuses a source that would lose files with what is replaced.
+
+    Raises:
+        UsageError: a file of it is a link into the output, or into its partial one.
+    """
+    places = [place.resolve() for place in (out, partial_of(out))]
+    for name in source.sizes():
+        path = source.root / name
+        if path.is_symlink() and not {*places}.isdisjoint(path.resolve().parents):
+            raise UsageError(
+                f"{path} is a link to a file in {path.resolve().parent}, where the output is made; "
+                "copy the file into the source or choose another place"
+            )
 
 
 def check_apart(source: Path, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterable
@@ -22,16 +23,28 @@ class Sink(Protocol):
         """
 
 
+_FULL = "free some space, then run again with --resume, or choose another place"
+_DENIED = "check its permissions, then run again with --resume, or choose another place"
+#: What helps, by the error's number.
+_ADVICE = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.EROFS: _DENIED,
+    errno.EFBIG: "use a smaller --max-shard-size, or raise the limit and run again with --resume",
+    errno.ENAMETOOLONG: "choose a shorter name, or another place whose file system takes it",
+}
+
+
 def cannot_write(path: Path, error: OSError) -> ConversionError:
     """One line for an error of the file system."""
     if error.errno is not None and os.strerror(error.errno) != str(error):
         reason = os.strerror(error.errno)
     else:
         reason = str(error)
-    return ConversionError(
-        f"{path}: cannot write: {reason}; free some space or choose another place, then run "
-        "again with --resume"
-    )
+    advice = _ADVICE.get(error.errno or 0, "choose another place")
+    return ConversionError(f"{path}: cannot write: {reason}; {advice}")
 
 
 def fsync_directory(path: Path) -> None:

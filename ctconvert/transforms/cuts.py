@@ -186,7 +186,9 @@ def pad(weight: QuantizedWeight, spec: WeightSpec) -> QuantizedWeight:
     old = weight.spec
     if (spec.n, spec.k) == (old.n, old.k):
         return weight
-    if old.storage == "packed":
+    if old.storage == "packed" and old.k == spec.k:
+        codes = _framed(weight.codes, spec.n, weight.codes.shape[1], 0)
+    elif old.storage == "packed":
         codes = pad_words(weight.codes, old.bits, old.n, old.k, spec.n, spec.k, fill_code=0)
     else:
         codes = _framed(weight.codes, spec.n, spec.k, _zero_code(old))

@@ -31,7 +31,7 @@ from ctconvert.records import (
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import CONFIG, INDEX, MANIFEST
 from ctconvert.store.local import LocalStore
-from ctconvert.store.places import check_place, recover
+from ctconvert.store.places import check_links, check_place, recover
 from ctconvert.store.writer import LocalSink
 from ctconvert.version import __version__
 from ctconvert.work.executors import Executor
@@ -73,14 +73,17 @@ def build(plan: Plan, store: Store, out: Path, settings: Settings) -> Report:
 
     Raises:
         UnsupportedError: the plan has refusals.
-        UsageError: ``out`` exists, or overlaps the source.
+        UsageError: ``out`` exists, overlaps the source or holds what files of it are links to.
         BadInputError: the source's data is damaged (a NaN scale, a code out of range).
         ConversionError: the disk is full, a transform failed, or the source changed meanwhile.
     """
     refuse(plan)
     if settings.resume and settings.overwrite:
         raise UsageError("--resume and --overwrite contradict each other; give one of them")
-    out = check_place(store.root if isinstance(store, LocalStore) else None, out)
+    local = store if isinstance(store, LocalStore) else None
+    out = check_place(None if local is None else local.root, out)
+    if local is not None:
+        check_links(local, out)
     recover(out)
     with closing(store):
         if settings.resume and (done := _complete(plan, store, out, settings)):

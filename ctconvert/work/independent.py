@@ -15,7 +15,8 @@ import torch
 from ctconvert import codec, records
 from ctconvert.errors import VerificationError
 from ctconvert.formats.independent import NotJudgedError, dense_by_compressed_tensors, difference
-from ctconvert.formats.quantization import QuantizationSettings, Scheme
+from ctconvert.formats.quantization import Scheme
+from ctconvert.planning.describe import Description
 from ctconvert.planning.memory import dense_bytes
 from ctconvert.records import Convert, Judged, SourceModule
 from ctconvert.specs import QuantizedWeight
@@ -121,14 +122,14 @@ def judge(jobs: list[JudgeJob], context: Context, executor: Executor) -> Judged:
     return Judged(agree=agree, not_judged=reasons)
 
 
-def judge_jobs(items: list[Convert], settings: QuantizationSettings) -> list[JudgeJob]:
+def judge_jobs(items: list[Convert], description: Description) -> list[JudgeJob]:
     """The comparisons of an output's modules, their sources being those of the checkpoint."""
     jobs = []
     for item in items:
-        schemes = [settings.scheme_of_quantised(source.name) for source in item.sources]
+        schemes = [description.modules[source.name].scheme for source in item.sources]
         groups = tuple(
             (found and found.scheme) or Scheme(targets=())
             for found in schemes  # sparse alone
         )
-        jobs.append(JudgeJob(item, groups, settings.version))
+        jobs.append(JudgeJob(item, groups, description.settings.version))
     return jobs

@@ -11,7 +11,6 @@ whoever opens it after a kill between the two renames brings it back.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from contextlib import suppress
@@ -22,6 +21,7 @@ from msgspec import Struct
 
 from ctconvert.errors import ConversionError, UsageError
 from ctconvert.store.places import (
+    JOURNAL,
     OLD,
     check_replaceable,
     exchange,
@@ -31,6 +31,7 @@ from ctconvert.store.places import (
     partial_of,
     recover,
     remove,
+    take_lock,
 )
 from ctconvert.store.writer import LocalSink, cannot_write, fsync_directory
 from ctconvert.work.journal import (
@@ -42,7 +43,7 @@ from ctconvert.work.journal import (
     read_journal,
 )
 
-_CHECKPOINT, _JOURNAL = "checkpoint", "journal.jsonl"
+_CHECKPOINT = "checkpoint"
 
 
 class Staging:
@@ -63,7 +64,7 @@ class Staging:
         self.sources: dict[str, str] = {}
         #: Why an unfinished output was not taken over.
         self.note = ""
-        self._journal = self.root / _JOURNAL
+        self._journal = self.root / JOURNAL
         self._lock: int | None = None
         self._overwrite = False
 
@@ -80,10 +81,10 @@ class Staging:
         recover(self.out)
         opened = False
         try:
-            if self.root.is_dir():
+            if self.root.is_dir() and not self.root.is_symlink():
                 self._take_lock()
             begun = self._check(resume, overwrite)
-            if self._lock is None:
+            while self._lock is None:
                 self.root.mkdir(parents=True, exist_ok=True)
                 self._take_lock()
                 begun = self._check(resume, overwrite)  # another run may have come and gone
@@ -104,7 +105,8 @@ class Staging:
         """What an unfinished run began with, where it may be continued or cleared away."""
         first = unfinished_run(self.out)
         unfinished = self._journal.exists()
-        if self.root.exists() and not (self.root.is_dir() and (unfinished or is_empty(self.root))):
+        ours = self.root.is_dir() and (unfinished or is_empty(self.root))
+        if os.path.lexists(self.root) and (self.root.is_symlink() or not ours):
             raise UsageError(
                 f"{self.root} is in the way, and it is no unfinished conversion; move it or choose "
                 "another place"
@@ -134,11 +136,10 @@ class Staging:
         return first
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self.root, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{self.root} is being written by another run") from None
+        with suppress(FileNotFoundError):  # another run may have removed it at its end
+            self._lock = take_lock(self.root)
+            if self._lock is None:
+                raise UsageError(f"{self.root} is being written by another run")
 
     def _load(self, begun: Begin) -> bool:
         """Takes over what an earlier run has finished; False where that is nothing."""
@@ -268,7 +269,7 @@ class Staging:
                 old.rename(self.out)
 
     def _clear(self) -> None:
-        for name in (_CHECKPOINT, OLD, _JOURNAL):
+        for name in (_CHECKPOINT, OLD, JOURNAL):
             remove(self.root / name)
 
     def discard(self) -> None:
@@ -287,7 +288,7 @@ class Staging:
 
 def unfinished_run(out: Path) -> Begin | None:
     """How the unfinished run beside an output began, where there is one that says so."""
-    first = read_journal(partial_of(out) / _JOURNAL)[:1]
+    first = read_journal(partial_of(out) / JOURNAL)[:1]
     return first[0] if first and isinstance(first[0], Begin) else None
 
 
@@ -297,17 +298,17 @@ def discard_leftovers(out: Path, options: str) -> None:
     That run was killed just after its commit, or would have made the same again.
     """
     root = partial_of(out)
-    if not root.is_dir():
-        return
     with locked(root) as free:
+        if not free:
+            return
         begun = unfinished_run(out)
         if begun is None:  # killed before it had begun, or at the very end
-            ours = {path.name for path in root.iterdir()} <= {_JOURNAL}
+            ours = {path.name for path in root.iterdir()} <= {JOURNAL}
         else:
             ours = begun.identity.options == options
-        if not free or not ours:
+        if not ours:
             return
         with suppress(OSError):
-            for name in (_CHECKPOINT, OLD, _JOURNAL):
+            for name in (_CHECKPOINT, OLD, JOURNAL):
                 remove(root / name)
             root.rmdir()

@@ -13,6 +13,7 @@ from ctconvert.planning.make import joined_rows
 from ctconvert.planning.memory import budget, dense_bytes
 from ctconvert.progress import Progress
 from ctconvert.records import Compared, Convert, Judged, SourceModule, Verified
+from ctconvert.specs import differing_field
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.safetensors import TensorEntry, total_bytes
 from ctconvert.work.executors import Executor
@@ -24,6 +25,7 @@ def verify_output(output: Output, executor: Executor, progress: Progress) -> Ver
 
     Raises:
         VerificationError: something differs; the message names the tensor or the file.
+        ConversionError: it is no longer the output that was opened.
     """
     store, manifest = output.store, output.manifest
     entries = sorted(output.plan.entries.values(), key=lambda entry: (entry.file, entry.offset))
@@ -54,6 +56,7 @@ def verify_output(output: Output, executor: Executor, progress: Progress) -> Ver
     with closing(store):
         for _ in executor.run(jobs, Context(store, progress=progress)):
             pass
+        output.check_unchanged()
     return Verified(
         checkpoint=store.where,
         tensors=len(entries),
@@ -76,6 +79,7 @@ def verify_independently(
 
     Raises:
         VerificationError: a weight differs; the message names the module and the first element.
+        ConversionError: the output or the source is no longer the one that was opened.
         UsageError: compressed-tensors is not installed.
     """
     from ctconvert.work.independent import judge, judge_jobs
@@ -94,7 +98,9 @@ def verify_independently(
         progress=progress,
     )
     with closing(output.store), closing(checkpoint.store):
-        return judge(judge_jobs(items, description.settings), context, executor)
+        judged = judge(judge_jobs(items, description), context, executor)
+        _check_unchanged(output, checkpoint)
+    return judged
 
 
 def verify_against(
@@ -111,6 +117,7 @@ def verify_against(
     Raises:
         VerificationError: a code, scale, zero point or copied tensor differs, is missing, or is
             too many; the message names the module or the tensor.
+        ConversionError: the output or the source is no longer the one that was opened.
     """
     jobs = _comparisons(output, checkpoint)
     total = total_bytes(checkpoint.tensors.values())
@@ -124,6 +131,7 @@ def verify_against(
     with closing(output.store), closing(checkpoint.store):
         for _ in executor.run(jobs, context):
             pass
+        _check_unchanged(output, checkpoint)
     return Compared(
         checkpoint=output.where,
         source=checkpoint.store.where,
@@ -131,6 +139,12 @@ def verify_against(
         copied_tensors=len(output.plan.copies),
         source_bytes=total,
     )
+
+
+def _check_unchanged(output: Output, checkpoint: Checkpoint) -> None:
+    """Raises ConversionError unless both are still what was opened, and so one with the other."""
+    output.check_unchanged()
+    checkpoint.check_unchanged()
 
 
 def _comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
@@ -149,9 +163,10 @@ def _comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
         for recorded in item.sources:
             module = modules.get(recorded.name)
             if module is None or module.source is None:
+                why = f": {module.reason}" if module is not None else ""
                 raise VerificationError(
                     f"module {item.name}: its part {recorded.name} is no quantised module of "
-                    f"{where}"
+                    f"{where}{why}"
                 )
             _check_same(item, recorded, module.source, where)
             sources.append(module.source)
@@ -174,13 +189,12 @@ def _comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
 
 def _check_same(item: Convert, recorded: SourceModule, found: SourceModule, where: str) -> None:
     """The same codes can mean other weights; raises VerificationError where they would."""
-    for field in recorded.weight.__struct_fields__:
+    if field := differing_field(recorded.weight, found.weight):
         have, want = getattr(recorded.weight, field), getattr(found.weight, field)
-        if have != want:
-            raise VerificationError(
-                f"module {item.name}: {field} of {recorded.name} is {have} in the output and "
-                f"{want} in {where}"
-            )
+        raise VerificationError(
+            f"module {item.name}: {field} of {recorded.name} is {have} in the output and "
+            f"{want} in {where}"
+        )
     if recorded.experts != found.experts or recorded.beside.keys() != found.beside.keys():
         raise VerificationError(
             f"module {item.name}: {recorded.name} of {where} holds other tensors or experts"

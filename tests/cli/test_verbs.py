@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from conftest import CHECKPOINTS, EXAMPLE, ROOT
-from readme import README, commands, layouts_table
+from readme import README, commands, written
 from support.cli import program, run
 
 import ctconvert
 from ctconvert import api, records
-from ctconvert.layouts import LAYOUTS, TARGETS
+from ctconvert.layouts import LAYOUTS, MACHINES, QUANTISED_ACTIVATIONS, TARGETS
 from ctconvert.planning.outline import outline
 from ctconvert.records import to_json
 
@@ -45,8 +45,8 @@ def test_help_of_a_verb(verb: str) -> None:
 
 
 def test_help_names_every_target() -> None:
-    line = next(line for line in run("repack", "-h").stdout.splitlines() if "--target" in line)
-    assert all(target in line for target in TARGETS)
+    told = "".join(run("repack", "-h").stdout.split())  # where lines break, there too
+    assert f"runon:{','.join(TARGETS)}." in told
 
 
 def test_no_arguments_show_the_help_and_fail() -> None:
@@ -209,6 +209,26 @@ def test_layouts_lists_the_registry() -> None:
     assert [row["name"] for row in found["layouts"]] == [item.name for item in LAYOUTS]
     assert found["targets"] == {name: list(order) for name, order in TARGETS.items()}
     assert all(layout.name in run("layouts").stdout for layout in LAYOUTS)
+    assert TARGETS.keys() == MACHINES.keys() > QUANTISED_ACTIVATIONS.keys()
+    for target, names in QUANTISED_ACTIVATIONS.items():
+        assert set(names) <= set(TARGETS[target])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_layouts_of_a_target_are_in_its_order(target: str) -> None:
+    found = json.loads(run("layouts", "--target", target, "--json").stdout)
+    assert tuple(row["name"] for row in found["layouts"]) == TARGETS[target]
+    lines = run("layouts", "-t", target).stdout.splitlines()[1:]
+    assert [line.split()[:2] for line in lines] == [
+        [str(place), name] for place, name in enumerate(TARGETS[target], 1)
+    ]
+    only = {line.split()[1] for line in lines if "only with quantised activations" in line}
+    assert only == set(QUANTISED_ACTIVATIONS.get(target, ()))
+
+
+def test_layouts_of_no_target() -> None:
+    code, out, err = run("layouts", "--target", "tpu")
+    assert (code, out) == (2, "") and "'tpu'" in err and "cuda-sm90" in err
 
 
 def test_the_schema_is_the_one_in_the_package() -> None:
@@ -222,7 +242,7 @@ def test_the_schema_is_the_one_in_the_package() -> None:
 
 def test_the_readme_holds_the_layouts_and_the_commands() -> None:
     text = README.read_text()
-    assert layouts_table() in text
+    assert written(text) == text, "python tests/readme.py write"
     assert set(commands()) == {"run", "test"}
     assert "pytest" in commands()["test"]
     assert "ctconvert repack examples/" in commands()["run"]

@@ -253,10 +253,6 @@ def listed_not_held(model: Path) -> None:
     place("model.norm.weight", first)(model)
 
 
-def held_not_listed(model: Path) -> None:
-    change_index(model, lambda weight_map: weight_map.pop(PLAIN))
-
-
 def held_elsewhere(model: Path) -> None:
     change_index(
         model,
@@ -300,7 +296,6 @@ SET_DAMAGE: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "index names another kind of file": (place(PLAIN, "config.json"), (INDEX, PLAIN)),
     "index names a number": (place(PLAIN, 3), (INDEX, PLAIN)),
     "index lists what no shard holds": (listed_not_held, (INDEX, "model.norm.weight")),
-    "a shard holds what the index does not list": (held_not_listed, (PLAIN, "does not list")),
     "index places a tensor in another shard": (held_elsewhere, (PLAIN, "places in")),
     "a tensor is in two shards": (in_two_shards, (PLAIN, "is also in")),
     "half an index": (index_text('{"weight_map": {"a": "mod'), (INDEX, "not valid JSON")),
@@ -317,3 +312,14 @@ def test_damaged_set_of_files(sharded: Path, case: str) -> None:
     damage, says = SET_DAMAGE[case]
     damage(sharded)
     refused(sharded, says=says)
+
+
+def test_the_index_is_the_authority(tmp_path: Path) -> None:
+    """What a shard holds and the index does not list is left out, as loaders do, and told."""
+    model = write_checkpoint(tmp_path / "model", small(), config_of(GROUP), shards=2)
+    change_index(model, lambda weight_map: weight_map.pop(PLAIN))
+    convert(model, tmp_path / "out")
+    made = ctconvert.plan(model, target="triton")
+    assert f"1 tensors that the index does not list are left out ({PLAIN})" in made.notes
+    assert PLAIN not in made.entries
+    ctconvert.verify(tmp_path / "out", against=model)

@@ -133,15 +133,6 @@ TENSOR_DAMAGE: dict[str, tuple[Damage, tuple[str, ...]]] = {
         replaced(weight_packed=torch.zeros(96, 7, dtype=torch.int32)),
         ("weight_packed", "7 words"),
     ),
-    "dense, but the config says packed": (
-        replaced(
-            weight_packed=None,
-            weight_scale=None,
-            weight_shape=None,
-            weight=torch.zeros(96, 64, dtype=BF16),
-        ),
-        ("pack-quantized", "dense", "ignore"),
-    ),
 }
 
 
@@ -181,6 +172,14 @@ def test_zero_point_out_of_range(tmp_path: Path, value: int) -> None:
     tensors[f"{UP}.weight_zero_point"][70, 1] = value
     model = write_checkpoint(tmp_path / "model", tensors, config_of(group))
     refused(model, says=(f"module {UP}", "weight_zero_point[70, 1]", f" {value},", "4-bit"))
+
+
+def test_one_zero_point_for_many_channels(tmp_path: Path) -> None:
+    group = group_config(weight_args(8, None, symmetric=False), format="int-quantized")
+    tensors = tensors_of(group, (UP, 96, 64))
+    tensors[f"{UP}.weight_zero_point"] = torch.tensor(3, dtype=torch.int8)
+    model = write_checkpoint(tmp_path / "model", tensors, config_of(group))
+    refused(model, says=(f"module {UP}", "weight_zero_point", "[96, 1]"))
 
 
 def test_a_tensor_of_an_output_name_is_not_explained_away(model: Path) -> None:

@@ -47,7 +47,7 @@ def test_source_is_a_file(model: Path, tmp_path: Path) -> None:
         ({"device": "abacus"}, ("abacus", "cpu")),
         ({"device": "cuda:x"}, ("cuda:x",)),
         ({"device": "cuda:9"}, ("cuda:9",)),
-        ({"target": "tpu"}, ("'tpu'", "triton, cuda, xpu")),
+        ({"target": "tpu"}, ("'tpu'", "triton, cuda, cuda-sm80")),
         ({"layout": {"*": "none"}}, ("*=none", "triton-wna16")),
         ({"layout": {"re:(": "triton-wna16"}}, ("re:(",)),
         ({"max_shard_size": 0}, ("max_shard_size 0",)),

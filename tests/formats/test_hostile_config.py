@@ -50,10 +50,11 @@ def judge(config: dict[str, Any]) -> str | None:
     try:
         found = QuantizationSettings.parse(config, "config.json")
         for name in NAMES:
-            found.scheme_of(name, "Linear")
-            found.scheme_of_quantised(name)
-            found.transformed(name, "Linear")
-        found.transforms_elsewhere(NAMES[:2], NAMES)
+            found.schemes_of(name, "Linear")
+            found.schemes_of_quantised(name)
+            found.schemes_of_groups(name)
+            found.rotation_of(name, "Linear")
+        found.rotation_elsewhere(NAMES[:2], NAMES)
     except BadInputError as error:
         text = str(error)
         assert text.isprintable(), text

@@ -68,10 +68,10 @@ def test_precedence_is_compressed_tensors_own(name: str) -> None:
         if not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             continue
         theirs = getattr(module, "quantization_scheme", None)
-        ours = settings.scheme_of(module_name, guess_class(module_name))
-        assert (ours is None) == (theirs is None), module_name
-        if ours is not None:
-            assert ours.scheme.weights.num_bits == theirs.weights.num_bits, module_name
+        ours = settings.schemes_of(module_name, guess_class(module_name))
+        assert bool(ours) == (theirs is not None), module_name
+        if ours:
+            assert ours[0].scheme.weights.num_bits == theirs.weights.num_bits, module_name
 
 
 def parse(**config: Any) -> QuantizationSettings:
@@ -80,29 +80,27 @@ def parse(**config: Any) -> QuantizationSettings:
 
 def test_a_groups_own_format_wins() -> None:
     config = config_of(group_config(weight_args(4, None))) | {"format": "mixed-precision"}
-    found = parse(**config).scheme_of("layers.0.q_proj", "Linear")
-    assert found is not None
+    found = parse(**config).schemes_of("layers.0.q_proj", "Linear")[0]
     assert found.format == "pack-quantized"
 
 
 def test_an_old_group_takes_the_configs_format() -> None:
     group = group_config(weight_args(4, None)) | {"format": None}
-    found = parse(**config_of(group) | {"format": "pack-quantized"}).scheme_of("q_proj", "Linear")
-    assert found is not None
+    found = parse(**config_of(group) | {"format": "pack-quantized"}).schemes_of("q_proj", "Linear")[
+        0
+    ]
     assert found.format == "pack-quantized"
 
 
 def test_actorder_group_is_read_though_newer_versions_refuse_it() -> None:
     group = group_config(weight_args(4, 32, actorder="group"))
-    found = parse(**config_of(group)).scheme_of("q_proj", "Linear")
-    assert found is not None
+    found = parse(**config_of(group)).schemes_of("q_proj", "Linear")[0]
     assert found.actorder_group
 
 
 def test_a_preset_is_a_scheme() -> None:
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    found = parse(**config, config_groups={"W4A16": ["Linear"]}).scheme_of("q_proj", "Linear")
-    assert found is not None
+    found = parse(**config, config_groups={"W4A16": ["Linear"]}).schemes_of("q_proj", "Linear")[0]
     assert found.scheme.weights.num_bits == 4
 
 
@@ -111,7 +109,8 @@ def test_sparsity_has_targets_of_its_own() -> None:
     group = group_config(weight_args(8, None, kind="float"), format="float-quantized")
     settings = parse(**config_of(group, sparsity_config=sparsity))
     formats = {
-        name: settings.scheme_of(name, "Linear").format for name in ("a.q_proj", "b.q_proj", "c.k")
+        name: settings.schemes_of(name, "Linear")[0].format
+        for name in ("a.q_proj", "b.q_proj", "c.k")
     }
     assert formats == {
         "a.q_proj": "float-quantized",
@@ -130,8 +129,7 @@ def test_sparsity_has_targets_of_its_own() -> None:
     ],
 )
 def test_families(group: dict[str, Any], expected: str) -> None:
-    found = parse(**config_of(group)).scheme_of("q_proj", "Linear")
-    assert found is not None
+    found = parse(**config_of(group)).schemes_of("q_proj", "Linear")[0]
     assert family(found, found.format, embedding=False) == expected
 
 

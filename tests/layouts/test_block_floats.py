@@ -21,9 +21,10 @@ from support.block_floats import (
     nvfp4_group,
     nvfp4_weight,
 )
-from support.builders import quantised
+from support.builders import group_config, quantised, weight_args
 
 from ctconvert.assembly import padded
+from ctconvert.formats.mxfp4 import MXFP4Packed
 from ctconvert.formats.mxfp8 import MXFP8Quantized
 from ctconvert.formats.nvfp4 import NVFP4Packed
 from ctconvert.formats.quantized import FloatQuantized
@@ -31,6 +32,7 @@ from ctconvert.layouts import Layout
 from ctconvert.layouts.marlin_fp8 import MarlinFP8, MarlinFP8Half
 from ctconvert.layouts.marlin_mxfp8 import MarlinMXFP8
 from ctconvert.layouts.marlin_nvfp4 import MarlinNVFP4, MarlinNVFP4Half
+from ctconvert.layouts.mx_swizzled import MXFP4Swizzled, MXFP8Swizzled
 from ctconvert.layouts.nvfp4_cutlass import NVFP4Cutlass
 from ctconvert.specs import QuantizedWeight
 from ctconvert.transforms import cuts
@@ -39,6 +41,9 @@ from ctconvert.transforms.dtypes import same_bits, spec_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "nvfp4_fp8.safetensors"
 NVFP4_MARLIN = {"bfloat16": MarlinNVFP4(), "float16": MarlinNVFP4Half()}
+FP4 = weight_args(4, 32, kind="float")
+MXFP4 = group_config(FP4, format="mxfp4-pack-quantized", inputs=FP4 | {"dynamic": True})
+MXFP4_A16 = group_config(FP4, format="mxfp4-pack-quantized")
 FP8_MARLIN = {"bfloat16": MarlinFP8(), "float16": MarlinFP8Half()}
 
 
@@ -202,6 +207,32 @@ def test_mxfp8_round_trips(n: int, k: int) -> None:
     round_trip(mxfp8_weight(n, k), MarlinMXFP8())
 
 
+def swizzled(scale: torch.Tensor) -> torch.Tensor:
+    """Scales [N, G] at the places that the block-scaled kernels read, one by one."""
+    n, groups = scale.shape
+    tiles = -(-groups // 4)
+    made = [0] * (-(-n // 128) * 128 * tiles * 4)
+    for row, values in enumerate(scale.view(torch.uint8).tolist()):
+        for g, value in enumerate(values):
+            at = (row // 128 * tiles + g // 4) * 512 + row % 32 * 16 + row // 32 % 4 * 4 + g % 4
+            made[at] = value
+    return torch.tensor(made, dtype=torch.uint8).view(-1, tiles * 4)
+
+
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (33, 224)])
+def test_mx_swizzled_by_element(n: int, k: int) -> None:
+    for layout, weight in (
+        (MXFP8Swizzled(), mxfp8_weight(n, k, inputs=True)),
+        (MXFP4Swizzled(), described(MXFP4Packed(), MXFP4, quantised(n, k, MXFP4, n))),
+    ):
+        made = round_trip(weight, layout)
+        assert weight.scale is not None
+        rows, source = made["weight"].view(torch.uint8), weight.codes.view(torch.uint8)
+        assert torch.equal(rows[:n], source) and not rows[n:].any()
+        assert rows.shape[0] == -(-n // 32) * 32
+        assert torch.equal(made["weight_scale"].view(torch.uint8), swizzled(weight.scale))
+
+
 def kernels_own(weight: QuantizedWeight, made: dict[str, torch.Tensor]) -> torch.Tensor:
     """Scales [K/16, N] as the float16 kernel takes its bytes: exponent bias 15, shifted 7 bits."""
     halves = (made["weight_scale"].to(torch.int32) << 7).to(torch.int16).view(torch.float16)
@@ -251,7 +282,10 @@ def test_supports() -> None:
     weights = {
         "nvfp4": nvfp4_weight(64, 128).spec,
         "nvfp4 a16": nvfp4_weight(64, 128, inputs=False).spec,
-        "mxfp8": mxfp8_weight(64, 128).spec,
+        "mxfp8": mxfp8_weight(64, 128, inputs=True).spec,
+        "mxfp8 a16": mxfp8_weight(64, 128).spec,
+        "mxfp4": described(MXFP4Packed(), MXFP4, quantised(64, 128, MXFP4, 1)).spec,
+        "mxfp4 a16": described(MXFP4Packed(), MXFP4_A16, quantised(64, 128, MXFP4_A16, 1)).spec,
         "fp8": fp8_weight(64, 128).spec,
     }
     layouts: list[tuple[Layout, set[str]]] = [
@@ -260,7 +294,9 @@ def test_supports() -> None:
         (NVFP4Cutlass(), {"nvfp4"}),
         (MarlinFP8(), {"fp8"}),
         (MarlinFP8Half(), {"fp8"}),
-        (MarlinMXFP8(), {"mxfp8"}),
+        (MarlinMXFP8(), {"mxfp8", "mxfp8 a16"}),
+        (MXFP8Swizzled(), {"mxfp8"}),
+        (MXFP4Swizzled(), {"mxfp4"}),
     ]
     assert len({layout.name for layout, _ in layouts}) == len(layouts)
     for layout, taken in layouts:

@@ -53,10 +53,13 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         weights(4, 32) | {"inputs": DYNAMIC_INT8},
         weights(4, 32) | {"inputs": STATIC_INT8, "outputs": STATIC_INT8},
         weights(8, None) | {"inputs": DYNAMIC_INT8},
+        weights(8, None) | {"inputs": DYNAMIC_INT8 | {"symmetric": False}},
     ],
     "int-quantized": [
         weights(8, None) | {"inputs": DYNAMIC_INT8},
         weights(8, None, False) | {"inputs": DYNAMIC_INT8},
+        weights(8, None) | {"inputs": DYNAMIC_INT8 | {"symmetric": False}},
+        weights(8, None, False) | {"inputs": DYNAMIC_INT8 | {"symmetric": False}},
         weights(8, strategy="tensor") | {"inputs": STATIC_INT8},
         weights(8, None) | {"inputs": STATIC_INT8, "outputs": STATIC_INT8},
         weights(4, 32) | {"inputs": DYNAMIC_INT8},

@@ -62,7 +62,7 @@ def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
         lambda: sink.put("folder", b""),
         lambda: LocalSink(tmp_path / "gone").put("x" * 300, b""),
     ):
-        with pytest.raises(ConversionError, match=r"^/.*: cannot write: .*--resume$"):
+        with pytest.raises(ConversionError, match=r"^/.*: cannot write: .*; .*$"):
             action()
 
 
@@ -71,3 +71,26 @@ def test_an_error_names_its_reason_once() -> None:
     text = str(cannot_write(Path("/out"), error))
     assert re.match(r"/out: cannot write: No space left on device; free some space", text)
     assert "odd" in str(cannot_write(Path("/out"), OSError("odd")))
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EACCES, "permissions"),
+        (errno.EPERM, "permissions"),
+        (errno.EROFS, "permissions"),
+        (errno.ENAMETOOLONG, "shorter name"),
+        (errno.EFBIG, "--max-shard-size"),
+        (errno.EISDIR, "another place"),
+        (errno.ENOTDIR, "another place"),
+        (errno.EIO, "another place"),
+    ],
+)
+def test_each_error_has_the_advice_that_helps(number: int, advice: str) -> None:
+    text = str(cannot_write(Path("/out"), OSError(number, os.strerror(number), "/some/file")))
+    assert text.startswith(f"/out: cannot write: {os.strerror(number)}; ") and "\n" not in text
+    for other in ("free some space", "permissions", "shorter name", "--max-shard-size"):
+        assert (other in text) == (other == advice), text
+    assert advice in text

@@ -98,8 +98,8 @@ def nvfp4_weight(*args: Any, inputs: bool = True, **more: Any) -> QuantizedWeigh
     return described(NVFP4Packed(), nvfp4_group(inputs), tensors)
 
 
-def mxfp8_weight(*args: Any, **more: Any) -> QuantizedWeight:
-    return described(MXFP8Quantized(), mxfp8_group(), mxfp8(*args, **more))
+def mxfp8_weight(*args: Any, inputs: bool = False, **more: Any) -> QuantizedWeight:
+    return described(MXFP8Quantized(), mxfp8_group(inputs), mxfp8(*args, **more))
 
 
 def fp8_weight(

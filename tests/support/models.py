@@ -141,5 +141,5 @@ def restore(
     """The way back, in this thread where no executor is given."""
     output = Output.open(out)
     chosen = Settings(executor or Inline(), progress or Silent(), **settings)
-    store = LocalStore(out)
-    return build(restore_plan(output.manifest, store.id, max_shard_size), store, dest, chosen)
+    plan = restore_plan(output.manifest, output.store.id, max_shard_size)
+    return build(plan, output.store, dest, chosen)

@@ -6,53 +6,52 @@ from typing import Any
 
 from support.builders import DYNAMIC_INT8, STATIC_INT8, group_config, weight_args
 
-#: Layouts each real checkpoint gets, by target; None where a target refuses it.
-REAL: dict[str, dict[str, set[str] | None]] = {
-    "smol-w4a16-g64-sym": {"triton": {"triton-wna16"}, "cuda": {"marlin"}, "xpu": {"xpu-w4a16"}},
-    "smol-w4a16-g32-asym": {
-        "triton": {"triton-wna16"},
-        "cuda": {"marlin"},
-        "xpu": {"triton-wna16"},
-    },
-    "smol-mixed-w4-w8-regex-ignore": {
-        "triton": {"triton-wna16"},
-        "cuda": {"marlin"},
-        "xpu": {"triton-wna16", "xpu-w4a16"},
-    },
-    "smol-w8a8o8-static-sym": {
-        "triton": {"triton-wna16"},
-        "cuda": {"marlin"},
-        "xpu": {"triton-wna16"},
-    },
-    "smol-w4a8o8-pack-static": {
-        "triton": {"triton-wna16"},
-        "cuda": {"marlin"},
-        "xpu": {"xpu-w4a16"},
-    },
-    "smol-w4a8-int8dyn-g32-packed": {
-        "triton": {"triton-wna16"},
-        "cuda": {"marlin"},
-        "xpu": {"xpu-w4a8"},
-    },
-    "smol-w4-embed-head-g64": {
-        "triton": {"triton-wna16", "gather"},
-        "cuda": {"marlin", "gather"},
-        "xpu": {"xpu-w4a16", "gather"},
-    },
-    "smol-mxfp4a16": {"triton": None, "cuda": {"marlin-mxfp4"}, "xpu": None},
-    "old071-smol-sparse24-bf16": {"triton": None, "cuda": {"cutlass-sparse24"}, "xpu": None},
-    "old071-smol-sparse24-fp8-dynamic-channel": {
-        "triton": None,
-        "cuda": {"cutlass-sparse24"},
-        "xpu": None,
-    },
-    "old071-rand-w4a16-g128-actorder-group-gidx": {
-        "triton": None,
-        "cuda": {"marlin"},
-        "xpu": None,
-    },
-    "rand-w3a16-g128-sym": {"triton": None, "cuda": None, "xpu": None},
-    "old071-rand-w3a16-g128-legacypack": {"triton": None, "cuda": None, "xpu": None},
+#: Columns of the tables below, and the short names in them; ``-`` is a refusal.
+COLUMNS = ("triton", "cuda", "cuda-sm80", "cuda-sm90", "cuda-sm100", "rocm", "xpu", "cpu")
+SHORT = {
+    "t": "triton-wna16",
+    "m": "marlin",
+    "m4": "marlin-mxfp4",
+    "m8": "marlin-fp8",
+    "ma": "machete",
+    "h": "humming",
+    "s": "scaled-mm",
+    "cs": "cutlass-sparse24",
+    "x8": "xpu-w4a8",
+    "x16": "xpu-w4a16",
+    "c8": "cpu-w4a8",
+    "c16": "cpu-w4a16",
+    "ci": "cpu-int8",
+    "g": "gather",
+}
+
+
+def row(text: str) -> dict[str, set[str]]:
+    """The layouts of each target that takes all of a checkpoint."""
+    found = dict(zip(COLUMNS, text.split(), strict=True))
+    return {
+        target: {SHORT[name] for name in names.split("+")}
+        for target, names in found.items()
+        if names != "-"
+    }
+
+
+#: Layouts each real checkpoint gets, by target.
+REAL: dict[str, dict[str, set[str]]] = {
+    #                                  triton cuda sm80 sm90 sm100 rocm xpu cpu
+    "smol-w4a16-g64-sym": row("         t     m    m    ma   m     t    x16 c16"),
+    "smol-w4a16-g32-asym": row("        t     m    m    h    m     t    t   c16"),
+    "smol-mixed-w4-w8-regex-ignore": row("t   m    m    ma+h m     t    t+x16 -"),
+    "smol-w8a8o8-static-sym": row("     t     m    m    ma   m     t    t   -"),
+    "smol-w4a8o8-pack-static": row("    t     m    m    h    m     t    x16 c16"),
+    "smol-w4a8-int8dyn-g32-packed": row("t    m    m    h    m     t    x8  c8"),
+    "smol-w4-embed-head-g64": row("     t+g   m+g  m+g  ma+g m+g   t+g  x16+g c16+g"),
+    "smol-mxfp4a16": row("              m4    m4   m4   m4   m4    m4   m4  -"),
+    "old071-smol-sparse24-bf16": row("  -     cs   -    cs   -     -    -   -"),
+    "old071-smol-sparse24-fp8-dynamic-channel": row("- cs - cs - - - -"),
+    "old071-rand-w4a16-g128-actorder-group-gidx": row("- m m m m - - -"),
+    "rand-w3a16-g128-sym": row("        -     -    -    -    -     -    -   -"),
+    "old071-rand-w3a16-g128-legacypack": row("- - - - - - - -"),
 }
 
 
@@ -61,24 +60,24 @@ def fp8(dynamic: bool) -> dict[str, Any]:
 
 
 #: Fresh checkpoints by name: the config group and the layout each target gives it.
-FRESH: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+FRESH: dict[str, tuple[dict[str, Any], dict[str, set[str]]]] = {
     "w8a8 int8 dynamic": (
         group_config(weight_args(8, None), format="int-quantized", inputs=DYNAMIC_INT8),
-        {"triton": "scaled-mm", "cuda": "scaled-mm"},
+        row("s s s s s s s ci"),
     ),
     "w8a8 int8 asymmetric": (
         group_config(weight_args(8, None, False), format="int-quantized", inputs=DYNAMIC_INT8),
-        {"triton": "scaled-mm", "cuda": "scaled-mm"},
+        row("s s s s s s s -"),
     ),
     "w8a8 int8 per tensor, static": (
         group_config(weight_args(8, strategy="tensor"), format="int-quantized", inputs=STATIC_INT8),
-        {"triton": "scaled-mm", "cuda": "scaled-mm"},
+        row("s s s s s s s -"),
     ),
     "fp8 dynamic": (
         group_config(
             weight_args(8, None, kind="float"), format="float-quantized", inputs=fp8(True)
         ),
-        {"triton": "scaled-mm", "cuda": "scaled-mm"},
+        row("s s m8 s s s s -"),
     ),
     "fp8 per tensor, static": (
         group_config(
@@ -86,7 +85,7 @@ FRESH: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             format="float-quantized",
             inputs=fp8(False),
         ),
-        {"triton": "scaled-mm", "cuda": "scaled-mm"},
+        row("s s m8 s s s s -"),
     ),
     "fp8 block-wise": (
         group_config(
@@ -94,32 +93,32 @@ FRESH: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             format="float-quantized",
             inputs=fp8(True) | {"strategy": "group", "group_size": 128},
         ),
-        {"triton": "scaled-mm", "cuda": "scaled-mm"},
+        row("s s m8 s s s s -"),
     ),
     "mxfp4": (
         group_config(weight_args(4, 32, kind="float"), format="mxfp4-pack-quantized"),
-        {"cuda": "marlin-mxfp4"},
+        row("m4 m4 m4 m4 m4 m4 m4 -"),
     ),
     "w8a16 asymmetric": (
         group_config(weight_args(8, 128, False)),
-        {"triton": "triton-wna16", "cuda": "marlin", "xpu": "triton-wna16"},
+        row("t m m ma m t t -"),
     ),
     "w2a16": (
         group_config(weight_args(2, 64)),
-        {"triton": "triton-wna16", "cuda": "triton-wna16", "xpu": "triton-wna16"},
+        row("t t t t t t t -"),
     ),
     "w4a16 of an odd group size": (
         group_config(weight_args(4, 16)),
-        {"triton": "triton-wna16", "cuda": "triton-wna16", "xpu": "triton-wna16"},
+        row("t t t t t t t c16"),
     ),
     "w2 static int8": (
         group_config(
             weight_args(2, 32), format="int-quantized", inputs=STATIC_INT8, outputs=STATIC_INT8
         ),
-        {"triton": "triton-wna16", "cuda": "triton-wna16", "xpu": "triton-wna16"},
+        row("t t t t t t t -"),
     ),
     "w4a8 in int8": (
         group_config(weight_args(4, 128), format="int-quantized", inputs=DYNAMIC_INT8),
-        {"triton": "triton-wna16", "cuda": "marlin", "xpu": "xpu-w4a8"},
+        row("t m m ma m t x8 c8"),
     ),
 }

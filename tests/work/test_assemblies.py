@@ -240,17 +240,21 @@ def test_more_ranks(sources: dict[str, Description], folder: Path, axis: Axis) -
     check_ranks(sources["int8 group"], axis, 8, folder)
 
 
-def test_ranks_of_experts(folder: Path) -> None:
-    """A source's 3-D tensors: each rank is a module of its own that stacks every expert's part."""
+def three_experts(folder: Path) -> Description:
+    """A module of 3-D tensors."""
     made = [quantised(N, K, SCHEMES["int4 group"], seed) for seed in range(3)]
     tensors = {"model.norm.weight": torch.ones(K)}
     for local, first in made[0].items():
         stacked = torch.stack([part[local] for part in made])
         whole = first if local == "weight_shape" else stacked
         tensors[f"model.layers.0.mlp.experts.up_proj.{local}"] = whole
-    group = SCHEMES["int4 group"]
-    write_checkpoint(folder / "model", tensors, config_of(group))
-    description = describe(Checkpoint(LocalStore(folder / "model")))
+    write_checkpoint(folder / "model", tensors, config_of(SCHEMES["int4 group"]))
+    return describe(Checkpoint(LocalStore(folder / "model")))
+
+
+def test_ranks_of_experts(folder: Path) -> None:
+    """A source's 3-D tensors: each rank is a module of its own that stacks every expert's part."""
+    description = three_experts(folder)
     (module,) = description.modules.values()
     source = module.source
     assert source is not None and source.experts == 3
@@ -267,6 +271,54 @@ def test_ranks_of_experts(folder: Path) -> None:
         output = built(hand_made(description, wanted), description, folder / axis)
         assert [item.experts for item in output.plan.modules] == [3, 3]
         check_files(output, description, folder / f"{axis} back")
+
+
+@pytest.mark.parametrize(
+    "trees",
+    [
+        [Stack(tuple(Part(0, expert) for expert in (2, 1, 0)))],
+        [Stack((Part(0, 0), Part(0, 1)))],
+        [Stack((Part(0, 0), Part(0, 1), Part(0, 1), Part(0, 2)))],
+        [Part(0, 0), Part(0, 1), Part(0, 2)],
+        [Stack((Part(0, 0), Part(0, 1))), Part(0, 2)],
+    ],
+    ids=["another order", "one too few", "one twice", "one by one", "two and one"],
+)
+def test_experts_that_do_not_lie_in_their_own_units_are_refused(
+    folder: Path, trees: list[Assembly]
+) -> None:
+    """Restoration writes unit after unit: it would put experts in the places of others."""
+    description = three_experts(folder)
+    (module,) = description.modules.values()
+    source = module.source
+    assert source is not None
+    (layout, *_) = supporting(trees[0], [source])
+    wanted = [
+        Wanted(f"experts.{number}", (source,), tree, layout) for number, tree in enumerate(trees)
+    ]
+    with pytest.raises(VerificationError, match=rf"experts\.\d: {source.name} lies in other units"):
+        built(hand_made(description, wanted), description, folder / "out")
+
+
+@pytest.mark.parametrize("where", ["one module", "two modules"])
+def test_parts_of_a_weight_in_several_units_are_refused(
+    sources: dict[str, Description], folder: Path, where: str
+) -> None:
+    description = sources["int4 group"]
+    source, other = modules(description)
+    halves = tuple(Slice(Part(0), "n", rank, 2) for rank in range(2))
+    trees: list[Assembly] = [Stack(halves)]
+    if where == "two modules":
+        trees = [Stack((halves[0], Slice(Part(1), "n", 0, 3))), Slice(Part(0), "n", 1, 2)]
+    (layout, *_) = supporting(halves[0], [source])
+    wanted = [
+        Wanted(
+            f"m{at}", (source, other)[: 1 + max(leaf.source for leaf in leaves(tree))], tree, layout
+        )
+        for at, tree in enumerate(trees)
+    ]
+    with pytest.raises(VerificationError, match=r"module m\d: .* lies in other units"):
+        built(hand_made(description, wanted), description, folder / "out")
 
 
 @pytest.mark.parametrize(

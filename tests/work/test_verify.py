@@ -38,6 +38,8 @@ ADDED = {
     "code": made_folder("modeling_x.py"),
     "an adapter": made_folder("adapter_config.json"),
     "a chat template": made_folder("chat_template.jinja"),
+    "a template with a readme's name": made_folder("README.md.jinja"),
+    "a config with a licence's name": made_folder("LICENSE.json"),
     "weights in a folder": made_folder("sub/model.safetensors"),
     "weights in a folder with a licence's name": made_folder("LICENSES/model.safetensors"),
     "a fifo": lambda out: os.mkfifo(out / "fifo"),
@@ -71,6 +73,7 @@ def test_what_a_loader_would_take_is_not_tolerated(
     [
         "README.md",
         "LICENSE",
+        "LICENSE.md",
         "LICENSE.txt",
         ".gitattributes",
         ".DS_Store",

@@ -8,10 +8,11 @@ from ctconvert.formats.quantization.config import (
     CONFIG_PATHS,
     OTHER_METHODS,
     config_of_method,
+    copies_of_config,
     with_config,
 )
 from ctconvert.formats.quantization.families import activations_label, family
-from ctconvert.formats.quantization.names import guess_class, is_router, looks_linear
+from ctconvert.formats.quantization.names import guess_class, looks_linear
 from ctconvert.formats.quantization.records import (
     FORMAT_NAMES,
     ModuleScheme,
@@ -30,9 +31,9 @@ __all__ = [
     "Scheme",
     "activations_label",
     "config_of_method",
+    "copies_of_config",
     "family",
     "guess_class",
-    "is_router",
     "looks_linear",
     "with_config",
 ]

@@ -37,11 +37,21 @@ def value_at(config: Any, path: Sequence[str]) -> Any:
     return config
 
 
-def with_config(config: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    """A copy of a config.json with the quantisation at ``path`` replaced."""
-    key, *rest = path
-    inner = with_config(config[key], rest, value) if rest else value
-    return {name: inner if name == key else old for name, old in config.items()}
+def copies_of_config(config: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Every place of a config.json that holds a quantisation; the first is the one that counts."""
+    return [path for path in CONFIG_PATHS if value_at(config, path)]
+
+
+def with_config(config: Mapping[str, Any], value: Any) -> dict[str, Any]:
+    """A copy of a config.json with every quantisation in it replaced."""
+    made = dict(config)
+    for path in copies_of_config(config):
+        inner = made
+        for key in path[:-1]:
+            inner[key] = dict(inner[key])
+            inner = inner[key]
+        inner[path[-1]] = value
+    return made
 
 
 def config_of_method(config: Mapping[str, Any], method: str) -> tuple[tuple[str, ...], Any] | None:

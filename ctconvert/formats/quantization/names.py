@@ -13,8 +13,22 @@ _EMBEDDING_LEAVES = re.compile(
 _LINEAR_LEAVES = re.compile(
     r"(.*_)?(proj|fc|linear|dense|qkv|query|key|value|w|mlp|head|c_attn|embed_tokens|wte)_?\d*$"
 )
-_ROUTER_LEAVES = frozenset(
-    {"gate", "router", "wg", "gating", "shared_expert_gate", "classifier", "router_layer"}
+#: What a wrapping model puts before the names of its language model, and loaders take off again.
+_WRAPPERS = ("model", "language_model", "text_model", "llm", "thinker", "transformer", "backbone")
+_PREFIXES = (
+    "",
+    "model.",
+    "language_model.",
+    "language_model.model.",
+    "model.language_model.",
+    "model.language_model.model.",
+    "text_model.",
+    "model.text_model.",
+    "llm.",
+    "llm.model.",
+    "thinker.model.",
+    "transformer.",
+    "backbone.",
 )
 
 
@@ -33,11 +47,22 @@ def guess_class(module: str) -> Literal["Embedding", "Linear"]:
     return "Embedding" if _leaf_is_embedding(module.rpartition(".")[2]) else "Linear"
 
 
-def is_router(module: str) -> bool:
-    """Whether a dense 2-D weight of this name may be an MoE router, which is no ``Linear``."""
-    return module.rpartition(".")[2] in _ROUTER_LEAVES
-
-
 def looks_linear(module: str) -> bool:
     """Whether a module is by its name a linear layer or a token embedding."""
     return _leaf_is_linear(module.rpartition(".")[2])
+
+
+def other_names(module: str) -> list[str]:
+    """The names a module may have in a config that was written of another wrapping of its model.
+
+    Its suffixes, longest first, and its name under the prefixes that wrappers of language models
+    add. A vision tower's names never become a language model's.
+    """
+    parts = module.split(".")
+    found = [".".join(parts[place:]) for place in range(1, len(parts))]
+    first = 0
+    while first < len(parts) - 1 and parts[first] in _WRAPPERS:
+        first += 1
+    inner = ".".join(parts[first:])
+    found += [prefix + inner for prefix in _PREFIXES]
+    return [name for name in dict.fromkeys(found) if name != module]

@@ -65,13 +65,16 @@ class ModuleScheme(Struct, frozen=True):
     """The scheme of one module.
 
     ``format`` is the compressed-tensors format its tensors are stored in, ``scheme`` its config
-    group (None for a sparse-only module), ``target`` what in the config means it.
+    group (None for a sparse-only module) and ``group`` that group's name, ``target`` what in the
+    config means the module, and ``by`` how: its very name, a pattern, or its class.
     """
 
     format: str
     scheme: Scheme | None
     target: str
     sparse: bool = False
+    group: str = "sparsity_config"
+    by: Literal["name", "pattern", "class"] = "class"
 
     @property
     def weights(self) -> QuantArgs | None:

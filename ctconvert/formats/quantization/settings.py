@@ -10,13 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from ctconvert.errors import BadInputError
 from ctconvert.formats.patterns import PatternError, Patterns
 from ctconvert.formats.quantization import handover, reading
-from ctconvert.formats.quantization.config import CONFIG_PATHS, OTHER_METHODS, value_at
+from ctconvert.formats.quantization.config import OTHER_METHODS, copies_of_config, value_at
 from ctconvert.formats.quantization.names import guess_class, looks_linear
 from ctconvert.formats.quantization.reading import UnreadError, printable, shown
 from ctconvert.formats.quantization.records import FORMAT_NAMES, ModuleScheme, Scheme
@@ -34,7 +33,6 @@ class QuantizationSettings:
 
     source: dict[str, Any]
     where: str
-    path: tuple[str, ...] = ("quantization_config",)
     format: str | None = None
     version: tuple[int, ...] | None = None
     ignore: Patterns = field(default_factory=Patterns)
@@ -42,8 +40,11 @@ class QuantizationSettings:
     sparse_targets: Patterns = field(default_factory=Patterns)
     sparse_ignore: Patterns = field(default_factory=Patterns)
     kv_cache: bool = False
-    _schemes: dict[str, tuple[Scheme, str | None]] = field(default_factory=dict)
+    rotations: list[Rotation] = field(default_factory=list)
+    _groups: dict[str, tuple[Scheme, str | None]] = field(default_factory=dict)
+    _named: dict[str, list[str]] = field(default_factory=dict)
     _targets: Patterns = field(default_factory=Patterns)
+    _known: dict[object, ModuleScheme] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], where: str) -> QuantizationSettings:
@@ -57,13 +58,13 @@ class QuantizationSettings:
             BadInputError: no quantization_config, another quant_method, an unknown format or
                 a scheme that compressed-tensors does not accept.
         """
-        path = next((path for path in CONFIG_PATHS if value_at(config, path)), None)
-        if path is None:
+        paths = copies_of_config(config)
+        if not paths:
             raise BadInputError(
                 f"{where}: no quantization_config, so this is not a compressed-tensors "
                 "checkpoint; quantise it first, for instance with llm-compressor"
             )
-        raw = value_at(config, path)
+        raw = value_at(config, paths[0])
         if not isinstance(raw, dict):
             raise BadInputError(f"{where}: quantization_config is not an object")
         method = raw.get("quant_method")
@@ -76,7 +77,7 @@ class QuantizationSettings:
                 f"{where}: quant_method is {shown(method)}, and ctconvert reads compressed-tensors "
                 f"only; {known or 'use the tool that made it'}"
             )
-        settings = cls(source=raw, where=where, path=path)
+        settings = cls(source=raw, where=where)
         settings._parse()
         return settings
 
@@ -97,16 +98,23 @@ class QuantizationSettings:
             self.sparse_targets = self._patterns(sparsity.get("targets"), "sparsity_config.targets")
             self.sparse_ignore = self._patterns(sparsity.get("ignore"), "sparsity_config.ignore")
         groups = self._object(raw.get("config_groups"), "config_groups")
+        for name, group in groups.items():
+            self._parse_group(name, group)
+        quantises = any(scheme.weights is not None for scheme, _ in self._groups.values())
+        if self.kv_cache and not quantises and not self.sparse_format:
+            raise BadInputError(
+                f"{self.where}: only the KV cache is quantised (kv_cache_scheme), and no weight; "
+                "there is nothing to convert, serve the checkpoint as it is"
+            )
         if not groups and not self.sparse_format:
             raise BadInputError(
                 f"{self.where}: quantization_config has neither config_groups nor a "
                 "sparsity_config, so nothing says which modules are quantised"
             )
-        for name, group in groups.items():
-            self._parse_group(name, group)
         # compressed-tensors' precedence: names, then patterns, both sorted, then class names
-        ordered = sorted(self._schemes, key=lambda target: ("re:" in target, target))
+        ordered = sorted(self._named, key=lambda target: ("re:" in target, target))
         self._targets = self._patterns(ordered, "config_groups")
+        self.rotations = self._rotations()
 
     def _bad(self, what: str, text: str) -> BadInputError:
         return BadInputError(f"{self.where}: quantization_config.{printable(what)}: {text}")
@@ -155,64 +163,78 @@ class QuantizationSettings:
         stored = scheme.format
         if stored is None and self.format != "mixed-precision":
             stored = self.format
-        for target in self._patterns(list(scheme.targets), f"{what}.targets").entries:
-            self._schemes[target] = (scheme, stored)
+        self._groups[name] = (scheme, stored)
+        self._patterns(list(scheme.targets), f"{what}.targets")
+        for target in dict.fromkeys(scheme.targets):
+            self._named.setdefault(target, []).append(name)
 
-    def _slow(self, error: PatternError) -> BadInputError:
-        return BadInputError(f"{self.where}: quantization_config: {error}")
+    @property
+    def groups(self) -> list[str]:
+        """The config groups that quantise weights, by name."""
+        return [name for name, (scheme, _) in self._groups.items() if scheme.weights is not None]
 
-    def scheme_of(self, name: str, cls: str) -> ModuleScheme | None:
-        """The scheme of module ``name``, were its class ``cls``; None where it has none.
+    def schemes_of(self, name: str, cls: str) -> list[ModuleScheme]:
+        """The scheme of every config group that means module ``name``, were its class ``cls``.
 
-        The first that matches, in compressed-tensors' own order (``match_targets``): exact
-        names, then ``re:`` patterns, then class names; ``ignore`` takes any of the three.
+        In compressed-tensors' own order (``match_targets``): exact names, then ``re:`` patterns,
+        then class names; ``ignore`` takes any of the three.
 
         Raises:
-            BadInputError: a pattern takes too long, or nothing names the format.
+            BadInputError: nothing names the format.
         """
-        try:
-            return self._scheme_of(name, cls)
-        except PatternError as error:
-            raise self._slow(error) from None
-
-    def _scheme_of(self, name: str, cls: str) -> ModuleScheme | None:
         sparse = None
         if self.sparse_format is not None and not self.sparse_ignore.any(name, cls):
             sparse = self.sparse_targets.first(name, cls)
-        target = None
+        found: dict[str, ModuleScheme] = {}
         if not self.ignore.any(name, cls):
-            target = self._targets.first(name) or (cls if cls in self._schemes else None)
-        if target is None:
-            if sparse is None:
-                return None
-            return ModuleScheme(str(self.sparse_format), None, sparse, sparse=True)
-        scheme, stored = self._schemes[target]
-        if sparse is not None:
-            stored = self.sparse_format
-        if stored is None:
-            raise BadInputError(
-                f"{self.where}: module {name}: neither its config group nor the config names a "
-                "format, so nothing says how its tensors are stored"
-            )
-        return ModuleScheme(stored, scheme, target, sparse is not None)
+            for target in [*self._targets.all(name), cls]:
+                for group in reversed(self._named.get(target, ())):  # the last, where two have it
+                    if group not in found:
+                        found[group] = self._scheme(group, target, name, sparse is not None)
+        if not found and sparse is not None:
+            by = _how(sparse, name)
+            return [ModuleScheme(str(self.sparse_format), None, sparse, sparse=True, by=by)]
+        return list(found.values())
 
-    def scheme_of_quantised(self, name: str) -> ModuleScheme | None:
-        """:meth:`scheme_of` for a module that holds quantised tensors: its class is only guessed.
+    def _scheme(self, group: str, target: str, name: str, sparse: bool) -> ModuleScheme:
+        key = group, target, sparse, target == name
+        if key not in self._known:
+            scheme, stored = self._groups[group]
+            if sparse:
+                stored = self.sparse_format
+            if stored is None:
+                raise BadInputError(
+                    f"{self.where}: module {name}: neither its config group nor the config names a "
+                    "format, so nothing says how its tensors are stored"
+                )
+            by = _how(target, name)
+            self._known[key] = ModuleScheme(stored, scheme, target, sparse, group, by)
+        return self._known[key]
+
+    def schemes_of_quantised(self, name: str) -> list[ModuleScheme]:
+        """:meth:`schemes_of` for a module that holds quantised tensors: its class is only guessed.
 
         A name that does not say which may be the other class, but a table is never made of what is
         by its name a linear layer.
         """
         guess = guess_class(name)
-        found = self.scheme_of(name, guess)
-        if found is None and guess == "Embedding":
-            return self.scheme_of(name, "Linear")
-        if found is None and not looks_linear(name):
-            return self.scheme_of(name, "Embedding")
+        found = self.schemes_of(name, guess)
+        if not found and guess == "Embedding":
+            return self.schemes_of(name, "Linear")
+        if not found and not looks_linear(name):
+            return self.schemes_of(name, "Embedding")
         return found
 
-    @cached_property
-    def transform_targets(self) -> list[tuple[Patterns, Patterns]]:
-        """(targets, ignore) of every transform (Hadamard or other rotation) in transform_config."""
+    def schemes_of_groups(self, name: str) -> list[ModuleScheme]:
+        """The scheme of every config group that quantises weights, whatever it targets."""
+        sparse = self.sparse_format is not None and self.sparse_targets.any(name, guess_class(name))
+        return [self._scheme(group, "", name, sparse) for group in self.groups]
+
+    def _rotations(self) -> list[Rotation]:
+        """Every transform (Hadamard or other) of transform_config that happens at run time.
+
+        Those of the locations ``weight_input`` and ``weight_output`` are in the weights already.
+        """
         config = self._object(self.source.get("transform_config"), "transform_config")
         groups = self._object(config.get("config_groups"), "transform_config.config_groups")
         found = []
@@ -225,20 +247,20 @@ class QuantizationSettings:
                 apply = self._object(entry, f"{what}.apply")
                 targets = self._patterns(apply.get("targets"), f"{what}.targets")
                 ignore = self._patterns(apply.get("ignore"), f"{what}.ignore")
-                found.append((targets, ignore))
+                where = apply.get("location")
+                if where not in ("weight_input", "weight_output"):
+                    text = f"{printable(what)} ({shown(where) if where else 'no location'})"
+                    found.append(Rotation(text, targets, ignore))
         return found
 
-    def transforms_elsewhere(self, quantised: Iterable[str], modules: Iterable[str]) -> str | None:
-        """A transform target that means more than quantised modules, or nothing that is known.
+    def rotation_elsewhere(self, quantised: Iterable[str], modules: Iterable[str]) -> str | None:
+        """A rotation that means more than quantised modules, or nothing that is known.
 
         Args:
             quantised: names of the quantised modules.
             modules: names of all modules that hold tensors.
-
-        Raises:
-            BadInputError: the transform_config cannot be read, or a pattern takes too long.
         """
-        if not self.transform_targets:
+        if not self.rotations:
             return None
         known = dict.fromkeys(quantised)
         others = {name for name in modules if name not in known}
@@ -250,33 +272,33 @@ class QuantizationSettings:
             else:
                 others.add("")
         others -= known.keys()
-        try:
-            for targets, ignore in self.transform_targets:
-                for target in targets.entries:
-                    one = Patterns([target])
-                    elsewhere = (
-                        one.any(name, None) and not ignore.any(name, None) for name in others
-                    )
-                    here = (
-                        one.any(name, guess_class(name)) and not ignore.any(name, guess_class(name))
-                        for name in known
-                    )
-                    if any(elsewhere) or not any(here):
-                        return target
-        except PatternError as error:
-            raise self._slow(error) from None
+        for rotation in self.rotations:
+            for target in rotation.targets.entries:
+                one = Rotation(rotation.what, Patterns([target]), rotation.ignore)
+                elsewhere = any(one.means(name, None) for name in others)
+                if elsewhere or not any(one.means(name, guess_class(name)) for name in known):
+                    return f"{rotation.what}: {printable(target)}"
         return None
 
-    def transformed(self, name: str, cls: str) -> bool:
-        """Whether a transform_config entry touches the module.
+    def rotation_of(self, name: str, cls: str) -> str | None:
+        """The rotation that touches the module at run time, None where there is none."""
+        found = (rotation.what for rotation in self.rotations if rotation.means(name, cls))
+        return next(found, None)
 
-        Raises:
-            BadInputError: the transform_config cannot be read, or a pattern takes too long.
-        """
-        try:
-            return any(
-                targets.any(name, cls) and not ignore.any(name, cls)
-                for targets, ignore in self.transform_targets
-            )
-        except PatternError as error:
-            raise self._slow(error) from None
+
+@dataclass(frozen=True)
+class Rotation:
+    """A transform of activations at run time: which, and the modules that it means."""
+
+    what: str
+    targets: Patterns
+    ignore: Patterns
+
+    def means(self, name: str, cls: str | None) -> bool:
+        return self.targets.any(name, cls) and not self.ignore.any(name, cls)
+
+
+def _how(target: str, name: str) -> Literal["name", "pattern", "class"]:
+    if target == name:
+        return "name"
+    return "pattern" if target.startswith("re:") else "class"

@@ -30,6 +30,7 @@ from ctconvert.runtime.kernels.scaled_mm.kernel import SCALED_MM
 from ctconvert.runtime.kernels.sparse24.kernel import CUTLASS_SPARSE24
 from ctconvert.runtime.kernels.wna16.kernel import TRITON_WNA16
 from ctconvert.runtime.kernels.xpu.kernel import XPU_W4A8, XPU_W4A16
+from ctconvert.specs import WeightSpec
 
 #: Every kernel.
 KERNELS: tuple[Kernel, ...] = (
@@ -58,20 +59,26 @@ KERNELS: tuple[Kernel, ...] = (
 __all__ = ["KERNELS", "Binding", "Kernel", "find", "get"]
 
 
-def find(layout: str) -> Kernel | None:
-    """The kernel of the layout of that name, or None."""
-    return next((kernel for kernel in KERNELS if kernel.layout == layout), None)
+def find(layout: str, spec: WeightSpec | None = None) -> Kernel | None:
+    """The kernel of the layout of that name, for weights such as ``spec``, or None."""
+    for kernel in KERNELS:
+        if kernel.layout == layout:
+            return kernel if spec is None or kernel.takes(spec) else None
+    return None
 
 
-def get(layout: str) -> Kernel:
-    """The kernel of the layout of that name.
+def get(layout: str, spec: WeightSpec | None = None) -> Kernel:
+    """As :func:`find`.
 
     Raises:
         UsageError: there is none.
     """
-    if (kernel := find(layout)) is not None:
+    if (kernel := find(layout, spec)) is not None:
         return kernel
+    what = f"layout {layout}"
+    if spec is not None and find(layout) is not None:
+        what += f" with activations {spec.activations}"
     raise UsageError(
-        f"there is no kernel for layout {layout} here: a serving engine runs it, and `ctconvert "
+        f"there is no kernel for {what} here: a serving engine runs it, and `ctconvert "
         "verify --against MODEL` proves it"
     )

@@ -62,6 +62,11 @@ Grouped = Callable[
 ]
 
 
+def always(spec: WeightSpec) -> bool:
+    """Whatever the layout takes."""
+    return True
+
+
 def never(spec: WeightSpec) -> Grouped | None:
     """Experts run one by one."""
     return None
@@ -88,6 +93,7 @@ class Kernel:
     - ``derived(bound, tensors)``: what it would otherwise compute from the weight on every call,
       handed to ``run`` among the tensors;
     - ``result``: the dtype it computes results in, where that is not x's;
+    - ``takes(spec)``: whether it runs such weights of the layout;
     - ``grouped(spec)``: what runs stacked experts of such weights in one launch, or None;
     - ``unread``: tensors that only the way back to the source needs, by the end of their name;
     - ``lost``: those of them that hold what the kernel's tensors have no room for; to the
@@ -104,6 +110,7 @@ class Kernel:
     product: Callable[[WeightSpec], str | None] = product_in_bf16
     derived: Callable[[Binding, Tensors], dict[str, torch.Tensor]] = nothing
     result: torch.dtype | None = None
+    takes: Callable[[WeightSpec], bool] = always
     grouped: Callable[[WeightSpec], Grouped | None] = never
     unread: tuple[str, ...] = ("_source", "_lost")
     lost: tuple[str, ...] = ()
@@ -125,6 +132,12 @@ def padded(
     if bias is not None:
         bias = F.pad(bias, (0, n - bound.spec.n))
     return F.pad(x, (0, k - bound.spec.k)).contiguous(), bias
+
+
+def padded_rows(bound: Binding, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias, as long as a weight that is padded in its rows only."""
+    more = bound.padded[0] - bound.spec.n
+    return F.pad(bias, (0, more)) if bias is not None and more else bias
 
 
 def fake_quantised(

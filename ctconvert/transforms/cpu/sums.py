@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 
-# Elements of one operation: it stays in the calling thread (torch's GRAIN_SIZE) and in the cache.
-_GRAIN = 32768
+from ctconvert.transforms.threads import GRAIN, slices, spread
+
+# Units of one operation, of two i32 each, which stays in the calling thread.
+_GRAIN = GRAIN // 2
 # On an accelerator launches, not caches, are what an operation costs.
 _DEVICE_FACTOR = 256
 
@@ -27,23 +29,29 @@ def nibble_sums(words: torch.Tensor, columns: int) -> torch.Tensor:
     units = _units(words)
     size = columns // 16  # units of a sum: at most 8 of bytes of at most 30, which fit a byte
     totals = units.new_empty((units.shape[0], units.shape[1] // size))
-    for rows, block, scratch in _blocks(units):
-        block.copy_(units[rows])
+
+    def pairs(source: torch.Tensor, block: torch.Tensor, scratch: torch.Tensor) -> None:
+        block.copy_(source)
         _pair(block, 4, _NIBBLES, scratch)
-        torch.sum(block.unflatten(1, (-1, size)), -1, out=totals[rows])
+
+    _reduce(units, pairs, size, totals)
     return _folded(totals, 8)
 
 
 def byte_sums(values: torch.Tensor) -> torch.Tensor:
-    """Sums of i8 [N, K] along K, K % 32 == 0, to i32 [N]."""
+    """Sums of i8 [N, K] along K, to i32 [N]."""
     k = values.shape[1]
+    if k % 8 or not values.numel():
+        return values.sum(1, dtype=torch.int32)
     units = _units(values)
     size = math.gcd(units.shape[1], 128)  # as u8: 16-bit lanes hold 128 sums of two bytes
     totals = units.new_empty((units.shape[0], units.shape[1] // size))
-    for rows, block, scratch in _blocks(units):
-        torch.bitwise_xor(units[rows], _SIGNS, out=block)
+
+    def pairs(source: torch.Tensor, block: torch.Tensor, scratch: torch.Tensor) -> None:
+        torch.bitwise_xor(source, _SIGNS, out=block)
         _pair(block, 8, _MASKS[8], scratch)
-        torch.sum(block.unflatten(1, (-1, size)), -1, out=totals[rows])
+
+    _reduce(units, pairs, size, totals)
     return _folded(totals, 16).sum(1, dtype=torch.int32) - 128 * k
 
 
@@ -85,12 +93,25 @@ def _units(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.int64)
 
 
-def _blocks(units: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Consecutive slices of the rows, and two blocks of scratch for each, the same memory."""
+def _reduce(
+    units: torch.Tensor,
+    pairs: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
+    size: int,
+    totals: torch.Tensor,
+) -> None:
+    """``totals``: the sums of every ``size`` units of a row, in rows small enough for a cache.
+
+    ``pairs`` makes of rows a block of wider fields; it is given scratch of the same size.
+    """
     n, width = units.shape
-    elements = _GRAIN if units.device.type == "cpu" else _GRAIN * _DEVICE_FACTOR
-    step = min(max(elements // max(width, 1), 1), n)
-    scratch = units.new_empty((2, step, width))
-    for start in range(0, n, max(step, 1)):
-        rows = slice(start, min(start + step, n))
-        yield rows, *scratch[:, : rows.stop - start]
+    on_cpu = units.device.type == "cpu"
+    step = min(max((_GRAIN if on_cpu else _GRAIN * _DEVICE_FACTOR) // max(width, 1), 1), n)
+
+    def work(parts: Sequence[slice]) -> None:
+        scratch = units.new_empty((2, step, width))
+        for rows in parts:
+            block, other = scratch[:, : rows.stop - rows.start]
+            pairs(units[rows], block, other)
+            torch.sum(block.unflatten(1, (-1, size)), -1, out=totals[rows])
+
+    spread(work, slices(n, step), units.nbytes if on_cpu else 0)

@@ -229,6 +229,12 @@ def _derived(bound: Binding, tensors: Tensors) -> dict[str, torch.Tensor]:
     return {"weight_sum": tensors["weight"].sum(1, dtype=torch.int32)}
 
 
+def _takes(spec: WeightSpec) -> bool:
+    """No kernel here makes a zero point for every token."""
+    dynamic = spec.input_type is not None and "input_scale" not in dict(spec.side)
+    return spec.input_symmetric or not dynamic
+
+
 SCALED_MM = Kernel(
     "scaled-mm",
     _run,
@@ -236,4 +242,5 @@ SCALED_MM = Kernel(
     activations.eight_bit,
     product=product_in_8_bits,
     derived=_derived,
+    takes=_takes,
 )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from ctconvert.runtime import activations
-from ctconvert.runtime.kernels.base import Binding, Kernel, Tensors
+from ctconvert.runtime.kernels.base import Binding, Kernel, Tensors, padded_rows
 from ctconvert.runtime.kernels.fake_quant.kernel import ACTIVATION_DTYPES
 from ctconvert.runtime.kernels.ops import Result, check_tensor, op
 from ctconvert.runtime.kernels.wna16.reference import wna16_gemm_reference
@@ -96,12 +96,12 @@ def _run(
         tensors["qweight"],
         tensors["scales"],
         tensors.get("qzeros"),
-        bias,
+        padded_rows(bound, bias),
         bits=bound.spec.bits,
         group_size=bound.group_size,
         input_scale=tensors.get("input_scale"),
         output_scale=tensors.get("output_scale"),
-    )
+    )[..., : bound.spec.n]
 
 
 TRITON_WNA16 = Kernel("triton-wna16", _run, 1e-2, activations.fake_quantised)

@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 
 from ctconvert.runtime import activations
-from ctconvert.runtime.kernels.base import Binding, Kernel, Tensors, fake_quantised
+from ctconvert.runtime.kernels.base import Binding, Kernel, Tensors, fake_quantised, padded_rows
 from ctconvert.runtime.kernels.ops import Result, check_last, check_tensor, op
 from ctconvert.runtime.kernels.xpu.reference import (
     int4_gemm_w4a8_reference,
@@ -139,14 +139,19 @@ def int4_gemm_w4a16(
 def _run_w4a8(
     bound: Binding, tensors: Tensors, x: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return int4_gemm_w4a8(x, *_weight(tensors), bias, group_size=bound.group_size).to(x.dtype)
+    bias = padded_rows(bound, bias)
+    out = int4_gemm_w4a8(x, *_weight(tensors), bias, group_size=bound.group_size).to(x.dtype)
+    return out[..., : bound.spec.n]
 
 
 def _run_w4a16(
     bound: Binding, tensors: Tensors, x: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     def call(x: torch.Tensor) -> torch.Tensor:
-        return int4_gemm_w4a16(x, *_weight(tensors), bias, group_size=bound.group_size)
+        out = int4_gemm_w4a16(
+            x, *_weight(tensors), padded_rows(bound, bias), group_size=bound.group_size
+        )
+        return out[..., : bound.spec.n]
 
     return fake_quantised(call, tensors, x)
 
