@@ -80,15 +80,25 @@ def leaves(assembly: Assembly) -> Iterator[Part]:
 
 
 def widths(assembly: Assembly, specs: Sequence[WeightSpec]) -> tuple[int, ...]:
-    """Rows of each joined part of one unit, in order, without padding."""
+    """Rows of each joined part of one unit, in order.
+
+    Padding of the whole does not count, that of a part does: there the next one begins.
+    """
+    unit = units(assembly)[0]
+    return _widths(unit.part if isinstance(unit, Pad) else unit, specs)
+
+
+def _widths(assembly: Assembly, specs: Sequence[WeightSpec]) -> tuple[int, ...]:
     if isinstance(assembly, Part):
         return (specs[assembly.source].n,)
     if isinstance(assembly, Concat):
-        return tuple(width for part in assembly.parts for width in widths(part, specs))
+        return tuple(width for part in assembly.parts for width in _widths(part, specs))
     if isinstance(assembly, Stack):
-        return widths(assembly.parts[0], specs)
-    inner = widths(assembly.part, specs)
-    if not isinstance(assembly, Slice) or assembly.axis == "k":
+        raise ValueError("a stack inside an assembly")
+    inner = _widths(assembly.part, specs)
+    if isinstance(assembly, Pad):
+        return (*inner[:-1], inner[-1] + assembly.n - sum(inner))
+    if assembly.axis == "k":
         return inner
     share = sum(inner) // assembly.ranks
     start, stop = assembly.rank * share, (assembly.rank + 1) * share
@@ -127,12 +137,21 @@ def assembled(assembly: Assembly, specs: Sequence[WeightSpec]) -> WeightSpec:
     inner = assembled(assembly.part, specs)
     if isinstance(assembly, Pad):
         return padded(inner, assembly.n, assembly.k)
-    if isinstance(assembly.part, Pad):
+    if holds_padding(assembly.part):
         raise ValueError("what is padded cannot be cut: cut first, then pad")
     support = can_cut(inner, assembly.axis, assembly.ranks)
     if not support:
         raise ValueError(support.reason)
     return cut(inner, assembly.axis, assembly.ranks)
+
+
+def holds_padding(assembly: Assembly) -> bool:
+    """Whether any of it is padded."""
+    if isinstance(assembly, Concat | Stack):
+        return any(map(holds_padding, assembly.parts))
+    return isinstance(assembly, Pad) or (
+        isinstance(assembly, Slice) and holds_padding(assembly.part)
+    )
 
 
 def expanded(spec: WeightSpec) -> WeightSpec:

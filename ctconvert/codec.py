@@ -172,7 +172,7 @@ def decode(item: Convert, unit: int, read: Read, device: torch.device) -> list[F
     for local, spec in wanted.items():
         if entries[local].spec != spec:
             raise VerificationError(
-                f"tensor {item.name}.{local}: {entries[local].spec}, expected {spec}"
+                f"tensor {item.prefix}{local}: {entries[local].spec}, expected {spec}"
             )
     tensors = {local: read(entry).to(device) for local, entry in entries.items()}
     try:
@@ -180,7 +180,7 @@ def decode(item: Convert, unit: int, read: Read, device: torch.device) -> list[F
         for local, tensor in layout.encode(weight).items():
             if not same_bits(tensor, tensors[local]):
                 raise VerificationError(
-                    f"tensor {item.name}.{local}: holds bytes that layout {layout.name} does not "
+                    f"tensor {item.prefix}{local}: holds bytes that layout {layout.name} does not "
                     "make"
                 )
         return list(_fragments(item.units[unit], item.specs, weight, 0, 0))

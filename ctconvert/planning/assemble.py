@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ctconvert.assembly import Assembly, Concat, Pad, Part, Stack, assembled, can_join, units
 from ctconvert.planning.describe import Description, Module
@@ -23,11 +24,22 @@ _CROSS_ATTENTION = re.compile(r"cross|encoder_attn|encdec|enc_dec|encoder_decode
 
 @dataclass(frozen=True)
 class Candidate:
-    """An output module before its layout is chosen."""
+    """An output module before its layout is chosen; ``joint`` as in :class:`Convert`."""
 
     name: str
     sources: tuple[SourceModule, ...]
     assembly: Assembly
+    joint: Literal[".", "_"] = "."
+
+    @property
+    def prefix(self) -> str:
+        """How the full name of every tensor of it begins; the local name follows."""
+        return self.name + self.joint
+
+    @property
+    def experts(self) -> int | None:
+        """The outputs' leading dimension where their tensors are stacks, else None."""
+        return len(self.assembly.parts) if isinstance(self.assembly, Stack) else None
 
     @property
     def weight(self) -> WeightSpec:
@@ -42,6 +54,11 @@ class Candidate:
             for local in self.sources[0].beside
         }
 
+    @property
+    def stacked(self) -> int | None:
+        """:attr:`experts` where the source has them one by one, else None."""
+        return self.experts if self.sources[0].experts is None else None
+
 
 def alone(source: SourceModule) -> Candidate:
     """A module by itself; 3-D tensors are stacks of their experts."""
@@ -54,8 +71,8 @@ def alone(source: SourceModule) -> Candidate:
 def padded(assembly: Assembly, n: int, k: int) -> Assembly:
     """An assembly whose every unit is padded to N x K."""
     if isinstance(assembly, Stack):
-        return Stack(tuple(Pad(unit, n, k) for unit in units(assembly)))
-    return Pad(assembly, n, k)
+        return Stack(tuple(padded(unit, n, k) for unit in units(assembly)))
+    return Pad(assembly.part if isinstance(assembly, Pad) else assembly, n, k)
 
 
 def possible_names(modules: Mapping[str, Module]) -> set[str]:
@@ -67,15 +84,19 @@ def possible_names(modules: Mapping[str, Module]) -> set[str]:
     return found
 
 
-def fuse(description: Description, notes: list[str]) -> list[tuple[Candidate, list[str]]]:
+def fuse(
+    description: Description, others: Collection[str], notes: list[str]
+) -> list[tuple[Candidate, list[str]]]:
     """The modules that can be joined, each with the names of its parts.
 
-    Only what reads the same input is joined. What stays apart although all its parts are there is
-    told in ``notes``.
+    Only what reads the same input is joined, and nothing of ``others``. What stays apart although
+    all its parts are there is told in ``notes``.
     """
     modules = description.modules
     found: list[tuple[Candidate, list[str]]] = []
     for name in modules:
+        if name in others:
+            continue
         parent, dot, leaf = name.rpartition(".")
         for fused, leaves in FUSED.items():
             if leaf not in leaves:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 from msgspec.structs import replace
 
 from ctconvert import layouts
-from ctconvert.assembly import Assembly
+from ctconvert.assembly import Assembly, Concat, Pad, Part, Stack, assembled, units
 from ctconvert.errors import UsageError
 from ctconvert.formats.patterns import Pattern, PatternError
 from ctconvert.layouts import Layout
@@ -62,6 +63,10 @@ def check_options(options: Options) -> None:
         raise UsageError("--max-shard-size must be positive")
 
 
+#: Of what a layout may want the size between an expert's projections to be a multiple.
+_LARGEST_MULTIPLE = 512
+
+
 def dtype_named(name: str | None) -> Literal["bfloat16", "float16"] | None:
     """The dtype that a user names.
 
@@ -105,6 +110,7 @@ class Chooser:
         self._assumed = options.dtype is None and stated is None
         self._verdicts: dict[tuple[tuple[str, ...], WeightSpec], Layout | str] = {}
         self._recipes: dict[tuple[str, WeightSpec, Assembly], Choice] = {}
+        self._sizes: dict[tuple[str, WeightSpec, WeightSpec], int | None] = {}
 
     @property
     def notes(self) -> list[str]:
@@ -149,25 +155,62 @@ class Chooser:
     def choice(self, candidate: Candidate) -> Choice | str:
         """How a module is made, or the reasons why no layout takes it."""
         weight = candidate.weight
-        names = self._preference(candidate.name)
-        key = (names, weight)
-        if key not in self._verdicts:
-            self._verdicts[key] = self._choose(names, weight)
-        layout = self._verdicts[key]
+        layout = self._layout(candidate.name, weight)
         if isinstance(layout, str):
             return layout
         known = (layout.name, weight, candidate.assembly)
         if known not in self._recipes:
-            self._recipes[known] = self._recipe(layout, candidate, weight)
+            self._recipes[known] = self._recipe(layout, candidate, candidate.assembly)
         return self._recipes[known]
 
+    def stacks(self, up: Candidate, down: Candidate) -> tuple[Choice, Choice] | str:
+        """How the stacks of a block's experts are made, or why they are not.
+
+        Both have one layout. Where it pads the size between them, each of gate and up is padded by
+        itself, and the columns of down as far.
+        """
+        weights = up.weight, down.weight
+        made = [
+            self._layout(stack.name, weight)
+            for stack, weight in zip((up, down), weights, strict=True)
+        ]
+        for stack, layout in zip((up, down), made, strict=True):
+            if isinstance(layout, str):
+                return f"{stack.name}: {layout}"
+        first, second = made
+        assert isinstance(first, Layout) and isinstance(second, Layout)
+        if first is not second:
+            return f"{up.name} would be {first.name} and {down.name} {second.name}"
+        key = (first.name, *weights)
+        if key not in self._sizes:
+            self._sizes[key] = _size_between(first, up, down)
+        size = self._sizes[key]
+        if size is None:
+            return f"{first.name} cannot pad gate, up and down alike"
+        if size == weights[1].k:
+            wide, long = up.assembly, down.assembly
+        elif up.beside:
+            return f"their biases would have to be padded to {size} for {first.name}"
+        else:
+            wide = Stack(tuple(map(partial(_with_rows, up, size), units(up.assembly))))
+            long = padded(down.assembly, weights[1].n, size)
+        return self._recipe(first, up, wide), self._recipe(first, down, long)
+
+    def _layout(self, name: str, weight: WeightSpec) -> Layout | str:
+        """The layout of a weight, or the reasons why none takes it."""
+        key = (self._preference(name), weight)
+        if key not in self._verdicts:
+            self._verdicts[key] = self._choose(*key)
+        return self._verdicts[key]
+
     @staticmethod
-    def _recipe(layout: Layout, candidate: Candidate, weight: WeightSpec) -> Choice:
-        assembly = candidate.assembly
+    def _recipe(layout: Layout, candidate: Candidate, assembly: Assembly) -> Choice:
+        specs = [source.weight for source in candidate.sources]
+        weight = assembled(units(assembly)[0], specs)
         shape = layout.padded_shape(weight)
         if shape != (weight.n, weight.k):
             assembly = padded(assembly, *shape)
-            weight = Candidate(candidate.name, candidate.sources, assembly).weight
+            weight = assembled(units(assembly)[0], specs)
         recipe = Recipe(
             layout=layout.name,
             layout_version=layout.version,
@@ -175,12 +218,10 @@ class Chooser:
             assembly=assembly,
             views=layout.views(weight),
         )
-        experts = candidate.sources[0].experts
-        leading = () if experts is None else (experts,)
         return Choice(
             recipe,
             {
-                local: TensorSpec(spec.dtype, (*leading, *spec.shape))
+                local: _stack_of(spec, candidate)
                 for local, spec in layout.output_specs(weight).items()
             },
         )
@@ -208,3 +249,47 @@ class Chooser:
         if preferred and elsewhere:
             reasons.append(f"layouts of other targets that take it: {', '.join(elsewhere)}")
         return "; ".join(reasons or others)
+
+
+def _stack_of(spec: TensorSpec, candidate: Candidate) -> TensorSpec:
+    """The tensor that holds one of ``spec`` for each expert of a candidate, if it has experts.
+
+    Of modules that the source has one by one, single elements are a vector, as engines have them.
+    """
+    if candidate.experts is None:
+        return spec
+    rest = () if candidate.stacked and spec.shape == (1,) else spec.shape
+    return TensorSpec(spec.dtype, (candidate.experts, *rest))
+
+
+def _with_rows(candidate: Candidate, size: int, unit: Assembly) -> Assembly:
+    """A unit, each of whose parts is padded to ``size`` rows."""
+    if isinstance(unit, Concat):
+        return Concat(tuple(_with_rows(candidate, size, part) for part in unit.parts))
+    assert isinstance(unit, Part)
+    return Pad(unit, size, candidate.sources[unit.source].weight.k)
+
+
+def _size_between(layout: Layout, up: Candidate, down: Candidate) -> int | None:
+    """The least size that a layout pads neither as rows of gate and up nor as columns of down.
+
+    One for which it does not pad their other side either comes first, as vLLM's has it.
+    """
+    ups, downs = ([source.weight for source in stack.sources] for stack in (up, down))
+    gate_up, single = units(up.assembly)[0], units(down.assembly)[0]
+    long = assembled(single, downs)
+    possible = None
+    for power in range(_LARGEST_MULTIPLE.bit_length()):
+        multiple = math.lcm(1 << power, long.group_size or 1)
+        size = -(-long.k // multiple) * multiple
+        rows, columns = _with_rows(up, size, gate_up), padded(single, long.n, size)
+        try:
+            wide, tall = assembled(rows, ups), assembled(columns, downs)
+        except ValueError:
+            continue
+        shapes = layout.padded_shape(wide), layout.padded_shape(tall)
+        if shapes == ((wide.n, wide.k), (tall.n, size)):
+            return size
+        if possible is None and (shapes[0][0], shapes[1][1]) == (wide.n, size):
+            possible = size
+    return possible

@@ -13,6 +13,7 @@ from ctconvert.formats.quantization import with_config
 from ctconvert.planning.assemble import Candidate, alone, fuse, possible_names
 from ctconvert.planning.choose import Choice, Chooser, check_options, matches
 from ctconvert.planning.describe import Description
+from ctconvert.planning.experts import not_stacked, stack_names, stacks
 from ctconvert.planning.place import Placed, check_names, place
 from ctconvert.records import (
     FORMAT_VERSION,
@@ -49,7 +50,7 @@ def make_plan(description: Description, options: Options) -> Plan:
     """
     check_options(options)
     if options.overrides:
-        names = possible_names(description.modules)
+        names = possible_names(description.modules) | stack_names(description.modules)
         for pattern, layout in options.overrides:
             if not any(matches(pattern, name) for name in names):
                 raise UsageError(
@@ -60,7 +61,15 @@ def make_plan(description: Description, options: Options) -> Plan:
     made: dict[str, _Made] = {}  # by the name of each source module
     refusals: list[Refusal] = []
     if options.fuse:
-        for candidate, parts in fuse(description, notes):
+        blocks, experts = stacks(description, notes)
+        for block in blocks:
+            pair = chooser.stacks(block.up, block.down)
+            if isinstance(pair, str):
+                notes.append(not_stacked(block.name, pair))
+                continue
+            for stack, how in zip((block.up, block.down), pair, strict=True):
+                made |= {source.name: (stack, how) for source in stack.sources}
+        for candidate, parts in fuse(description, experts, notes):
             choice = chooser.choice(candidate)
             if isinstance(choice, str):
                 notes.append(f"{candidate.name} is not fused: {choice}")
@@ -158,32 +167,34 @@ def _outputs(item: _Made | TensorEntry) -> dict[str, TensorSpec]:
     if isinstance(item, TensorEntry):
         return {item.name: item.spec}
     candidate, choice = item
-    found = {f"{candidate.name}.{local}": spec for local, spec in choice.outputs.items()}
+    found = {f"{candidate.prefix}{local}": spec for local, spec in choice.outputs.items()}
     for local, entries in candidate.beside.items():
-        found[f"{candidate.name}.{local}"] = joined_rows(entries)
+        found[f"{candidate.prefix}{local}"] = joined_rows(entries, candidate.stacked)
     return found
 
 
-def joined_rows(entries: Sequence[TensorEntry]) -> TensorSpec:
-    """The spec of tensors joined along dimension 0."""
+def joined_rows(entries: Sequence[TensorEntry], stacked: int | None) -> TensorSpec:
+    """The spec of tensors joined along dimension 0, cut into ``stacked`` experts where it is."""
     first = entries[0].spec
-    if len(entries) == 1:
+    if len(entries) == 1 and stacked is None:
         return first
     rows = sum(entry.spec.shape[0] if entry.spec.shape else 1 for entry in entries)
-    return TensorSpec(first.dtype, (rows, *first.shape[1:]))
+    leading = (rows,) if stacked is None else (stacked, rows // stacked)
+    return TensorSpec(first.dtype, (*leading, *first.shape[1:]))
 
 
 def _item(item: _Made | TensorEntry, placed: Placed) -> Item:
     if isinstance(item, TensorEntry):
         return Copy(item, placed[item.name])
     candidate, choice = item
-    beside = {local: placed[f"{candidate.name}.{local}"] for local in candidate.beside}
+    beside = {local: placed[f"{candidate.prefix}{local}"] for local in candidate.beside}
     return Convert(
         name=candidate.name,
         sources=candidate.sources,
         recipe=choice.recipe,
-        outputs=tuple(placed[f"{candidate.name}.{local}"] for local in choice.outputs),
+        outputs=tuple(placed[f"{candidate.prefix}{local}"] for local in choice.outputs),
         beside=beside,
+        joint=candidate.joint,
     )
 
 

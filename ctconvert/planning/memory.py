@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctconvert.assembly import holds_padding, leaves
 from ctconvert.records import Convert, Copy, Item, Plan, Restore
 from ctconvert.specs import TensorSpec
 from ctconvert.store.base import CHUNK
@@ -28,13 +29,16 @@ def _transform_bytes(item: Convert) -> int:
     That is the logical weight (where it is not the source's own memory), the output, and the weight
     that the output is decoded to, to be compared; or the parts of a joined weight and the whole.
     """
-    spec = item.recipe.weight
-    logical = item.input_bytes
+    spec, unit = item.recipe.weight, item.units[0]
+    logical, padded = item.input_bytes, holds_padding(unit)
+    if padded:
+        parts = [item.specs[part.source] for part in leaves(unit)]
+        logical = logical * spec.n * spec.k // sum(part.n * part.k for part in parts)
     if spec.storage == "plain":
         logical = TensorSpec(spec.element, (spec.n, spec.k)).nbytes
     joined = len(item.widths) > 1
-    own = logical if joined or spec.sparse else 0
-    joining = 2 * logical if joined and spec.sparse else 0
+    own = logical if joined or padded or spec.sparse else 0
+    joining = 2 * logical if joined and (padded or spec.sparse) else 0
     return max(joining, own + item.output_bytes + logical)
 
 

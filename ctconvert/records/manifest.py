@@ -226,9 +226,8 @@ def _wrong_module(module: Convert) -> str | None:
             return f"the tensors of {source.name} have no {source.experts} experts"
         if wrong := wrong_source(source):
             return f"{source.name}: {wrong}"
-    prefix = module.name + "."
     for entry in module.made:
-        if not entry.name.startswith(prefix):
+        if not entry.name.startswith(module.prefix):
             return f"tensor {entry.name} is not its own"
     if module.experts is not None and any(
         entry.spec.shape[:1] != (module.experts,) for entry in module.outputs

@@ -8,7 +8,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from ctconvert.assembly import Assembly, units, unpadded, widths
+from ctconvert.assembly import Assembly, leaves, units, unpadded, widths
 from ctconvert.records.border import Hex, Sha256, to_json
 from ctconvert.specs import Count, Size, TensorSpec, WeightSpec
 from ctconvert.store.safetensors import TensorEntry, build_header, total_bytes
@@ -68,8 +68,8 @@ class SourceModule(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def expert_entry(entry: TensorEntry, index: int) -> TensorEntry:
-    """One item along a tensor's leading dimension."""
-    spec = TensorSpec(entry.spec.dtype, entry.spec.shape[1:])
+    """One item along a tensor's leading dimension; of a vector, a single element [1]."""
+    spec = TensorSpec(entry.spec.dtype, entry.spec.shape[1:] or (1,))
     return TensorEntry(entry.name, entry.file, entry.offset + index * spec.nbytes, spec)
 
 
@@ -91,7 +91,9 @@ class Convert(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="conver
     """An output module: source tensors through a layout.
 
     ``outputs`` are the layout's tensors where they lie in the output; ``beside`` those carried over
-    unchanged (a joined module's parts are joined along dimension 0), by local name.
+    unchanged (a joined module's parts are joined along dimension 0), by local name. ``joint``
+    stands between the module's name and theirs: an engine's stacked experts are parameters
+    ``w13_weight`` of one module, not modules.
     """
 
     name: str
@@ -99,6 +101,12 @@ class Convert(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="conver
     recipe: Recipe
     outputs: tuple[TensorEntry, ...]
     beside: dict[str, TensorEntry] = {}
+    joint: Literal[".", "_"] = "."
+
+    @property
+    def prefix(self) -> str:
+        """How the full name of every tensor of it begins; the local name follows."""
+        return self.name + self.joint
 
     @cached_property
     def units(self) -> tuple[Assembly, ...]:
@@ -109,6 +117,11 @@ class Convert(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="conver
     def experts(self) -> int | None:
         """The outputs' leading dimension where their tensors are stacks, else None."""
         return None if self.units[0] is self.recipe.assembly else len(self.units)
+
+    @property
+    def stacked(self) -> int | None:
+        """:attr:`experts` where the source has them one by one, else None."""
+        return self.experts if self.sources[0].experts is None else None
 
     @property
     def specs(self) -> list[WeightSpec]:
@@ -127,7 +140,7 @@ class Convert(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="conver
 
     def locals(self, unit: int) -> dict[str, TensorEntry]:
         """The layout's tensors of one unit by local name, where they lie in the output."""
-        cut = len(self.name) + 1
+        cut = len(self.prefix)
         whole = {entry.name[cut:]: entry for entry in self.outputs}
         if self.experts is None:
             return whole
@@ -138,10 +151,14 @@ class Convert(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="conver
         """Every tensor of the output that this makes."""
         return (*self.outputs, *self.beside.values())
 
-    @property
+    @cached_property
     def input_bytes(self) -> int:
-        """Source bytes of one unit."""
-        return sum(source.nbytes // (source.experts or 1) for source in self.sources)
+        """Source bytes of one unit, the largest."""
+        each = [source.nbytes // (source.experts or 1) for source in self.sources]
+        return max(
+            sum(each[index] for index in {part.source for part in leaves(unit)})
+            for unit in self.units
+        )
 
     @property
     def output_bytes(self) -> int:

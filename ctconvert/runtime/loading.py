@@ -124,7 +124,7 @@ class Loader:
         tensors. Those go from the file to the device once; on the CPU they stay mapped.
         """
         binding, module = self.bindings[name], self.converted[name]
-        cut = len(name) + 1
+        cut = len(module.prefix)
         tensors = {
             entry.name[cut:]: self.tensor(entry.name, entry.file) for entry in module.outputs
         }
@@ -136,7 +136,10 @@ class Loader:
             return {name: kind(binding, tensors, bias)}
         found: Modules = {}
         for index in range(module.experts):
-            one = {local: tensor[index] for local, tensor in tensors.items()}
+            one = {
+                local: tensor[index].reshape(tensor.shape[1:] or (1,))
+                for local, tensor in tensors.items()
+            }
             found[f"{name}.{index}"] = kind(binding, one, None if bias is None else bias[index])
         if kernels.get(binding.layout, binding.spec).grouped(binding.spec) is not None:
             found[name] = KernelExperts(binding, tensors, bias)

@@ -12,19 +12,14 @@ from pathlib import Path
 from ctconvert.errors import BadInputError, ConversionError, CtconvertError, UsageError
 from ctconvert.output import Output
 from ctconvert.planning.make import refuse
-from ctconvert.planning.memory import budget
 from ctconvert.planning.place import disk_bytes, index_of
 from ctconvert.progress import Progress
 from ctconvert.records import (
     FORMAT_VERSION,
-    Convert,
-    Copy,
     FileRecord,
-    Item,
     Manifest,
     Plan,
     Report,
-    Shard,
     Tool,
     to_json,
 )
@@ -35,7 +30,8 @@ from ctconvert.store.places import check_links, check_place, recover
 from ctconvert.store.writer import LocalSink
 from ctconvert.version import __version__
 from ctconvert.work.executors import Executor
-from ctconvert.work.jobs import Context, CopyJob, HashJob, Job
+from ctconvert.work.filling import Filling
+from ctconvert.work.jobs import Context, HashJob
 from ctconvert.work.journal import Identity
 from ctconvert.work.staging import Staging, discard_leftovers, unfinished_run
 from ctconvert.work.verify import verify_output
@@ -168,11 +164,20 @@ class _Build:
         try:
             if staging.note:
                 settings.progress.note(staging.note)
-            resumed = self._take_over()
+            filling = Filling(
+                self.plan,
+                self.store,
+                staging,
+                settings.executor,
+                settings.progress,
+                settings.device,
+            )
+            resumed = filling.take_over()
             left = [shard for shard in self.plan.shards if shard.name not in staging.shards]
             done = self.plan.tensor_bytes - sum(shard.size for shard in left)
             staging.check_space(disk_bytes(self.plan) - done)
-            self._fill(left, sink)
+            filling.fill(left, sink)
+            self.hashes = filling.hashes
             manifest = self._finish(sink)
             self._check_unchanged()
             if settings.verify:
@@ -186,101 +191,6 @@ class _Build:
             sink.close()
             staging.close()
         return resumed
-
-    def _take_over(self) -> int:
-        """Keeps the finished shards of an earlier run that are whole; returns how many."""
-        plan, staging = self.plan, self.staging
-        with closing(LocalStore(staging.folder)) as made:
-            whole = self._whole_shards(made)
-        staging.keep_only(whole)
-        for hashes in staging.shards.values():
-            self.hashes |= hashes
-        if whole:
-            self.settings.progress.note(f"{len(whole)} of {len(plan.shards)} shards taken over")
-        return len(whole)
-
-    def _whole_shards(self, made: LocalStore) -> set[str]:
-        """The shards whose every tensor has the hash that the journal says."""
-        plan, staging = self.plan, self.staging
-        jobs: list[Job] = []
-        whole: set[str] = set()
-        for shard in plan.shards:
-            hashes = staging.shards.get(shard.name)
-            if hashes is None or hashes.keys() != set(shard.tensors):
-                continue
-            header = plan.header(shard)
-            if made.sizes().get(shard.name) != shard.size:
-                continue
-            if made.read(shard.name, 0, len(header)) == header:
-                whole.add(shard.name)
-                jobs += [_hash_of(plan, name) for name in shard.tensors]
-        if jobs:
-            total = sum(shard.size for shard in plan.shards if shard.name in whole)
-            self.settings.progress.phase("checking", total)
-        for done in self.settings.executor.run(
-            jobs, Context(made, progress=self.settings.progress)
-        ):
-            for name, digest in done.hashes.items():
-                file = plan.entries[name].file
-                if staging.shards[file][name] != digest:
-                    whole.discard(file)
-        return whole
-
-    def _fill(self, left: list[Shard], sink: LocalSink) -> None:
-        """Makes the shards that are not there, and hashes the source beside."""
-        names = {shard.name for shard in left}
-        items: dict[str, list[Item]] = {shard.name: [] for shard in left}
-        for item in self.plan.items:
-            file = item.made[0].file
-            if file in names:
-                items[file].append(item)
-        waiting = {name: len(found) for name, found in items.items()}
-        progress = self.settings.progress
-        label = "converting" if self.plan.kind == "converted" else "restoring"
-        progress.phase(label, sum(shard.size for shard in left))
-        shards = {shard.name: shard for shard in left}
-        context = Context(
-            self.store,
-            sink,
-            device=self.settings.device,
-            memory=budget(self.plan),
-            progress=progress,
-        )
-
-        def jobs() -> Iterator[Job]:
-            hashing = self._source_jobs()
-            for shard in left:
-                if (ahead := next(hashing, None)) is not None:
-                    yield ahead
-                sink.create(shard.name, self.plan.header(shard), shard.size)
-                if not items[shard.name]:
-                    self._finish_shard(shard, sink)
-                for item in items[shard.name]:
-                    yield job_of(item)
-            yield from hashing
-
-        with closing(self.settings.executor.run(jobs(), context)) as results:
-            for done in results:
-                if isinstance(done.job, HashJob):
-                    for name, digest in done.hashes.items():
-                        self.staging.finished_source(name, digest)
-                    continue
-                self.hashes |= done.hashes
-                file = self.plan.entries[next(iter(done.hashes))].file
-                waiting[file] -= 1
-                if not waiting[file]:
-                    self._finish_shard(shards[file], sink)
-
-    def _finish_shard(self, shard: Shard, sink: LocalSink) -> None:
-        sink.finish(shard.name)
-        hashes = {name: self.hashes[name] for name in shard.tensors}
-        self.staging.finished_shard(shard.name, hashes)
-
-    def _source_jobs(self) -> Iterator[Job]:
-        """Hashes of the source's files that are not known; read in order, they read ahead."""
-        for file in self.plan.source.hashed:
-            if file.name not in self.staging.sources:
-                yield HashJob(file.name, file.name, 0, file.size, counted=False)
 
     def _finish(self, sink: LocalSink) -> Manifest:
         """Everything but the shards; the manifest last."""
@@ -347,20 +257,6 @@ class _Hashing:
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
-
-
-def job_of(item: Item) -> Job:
-    """The job that makes an item of a plan."""
-    if isinstance(item, Copy):
-        return CopyJob(item)
-    from ctconvert.work.transforming import ConvertJob, RestoreJob
-
-    return ConvertJob(item) if isinstance(item, Convert) else RestoreJob(item)
-
-
-def _hash_of(plan: Plan, name: str) -> HashJob:
-    entry = plan.entries[name]
-    return HashJob(name, entry.file, entry.offset, entry.nbytes)
 
 
 def _report(plan: Plan, out: Path, resumed: int) -> Report:

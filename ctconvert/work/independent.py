@@ -23,7 +23,8 @@ from ctconvert.specs import QuantizedWeight
 from ctconvert.transforms import cuts
 from ctconvert.transforms.dense import dense_weight
 from ctconvert.work.executors import Executor
-from ctconvert.work.jobs import Context, Done, Job
+from ctconvert.work.jobs import Context, Done, PartJob
+from ctconvert.work.parts import ranges
 from ctconvert.work.transforming import read_tensor
 
 
@@ -36,7 +37,7 @@ class Verdict(Done):
 
 
 @dataclass(frozen=True)
-class JudgeJob(Job):
+class JudgeJob(PartJob):
     """A module of an output beside compressed-tensors' opinion of its sources.
 
     ``groups`` are the config groups of the sources, ``version`` that of the producer's
@@ -44,16 +45,12 @@ class JudgeJob(Job):
     """
 
     item: records.Convert
-    groups: tuple[Scheme, ...]
-    version: tuple[int, ...] | None
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.item.name
+    groups: tuple[Scheme, ...] = ()
+    version: tuple[int, ...] | None = None
 
     def run(self, context: Context) -> Done:
         agree, reasons = 0, dict[str, int]()
-        for unit in range(len(self.item.units)):
+        for unit in self.units:
             context.check_running()
             with context.budget.hold(dense_bytes(self.item)):
                 found = self._unit(context, unit)
@@ -131,5 +128,6 @@ def judge_jobs(items: list[Convert], description: Description) -> list[JudgeJob]
             (found and found.scheme) or Scheme(targets=())
             for found in schemes  # sparse alone
         )
-        jobs.append(JudgeJob(item, groups, description.settings.version))
+        version = description.settings.version
+        jobs += [JudgeJob(item, *units, groups, version) for units in ranges(item)]
     return jobs

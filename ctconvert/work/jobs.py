@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from ctconvert import records
 from ctconvert.errors import VerificationError
@@ -20,6 +21,18 @@ from ctconvert.store.base import CHUNK, Store
 from ctconvert.store.safetensors import TensorEntry
 from ctconvert.store.writer import Sink
 from ctconvert.work.budget import Budget, CancelledError
+from ctconvert.work.journal import Piece
+
+T = TypeVar("T")
+
+
+class _Once:
+    """A value that the first who needs it makes."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.done = False
+        self.value: Any = None
 
 
 @dataclass
@@ -29,7 +42,7 @@ class Context:
     Args:
         source: what they read.
         sink: where they write.
-        against: what they compare with.
+        against: what they compare with; of a build, what it has written.
         device: where transforms run, as ``--device`` names it.
         memory: bytes that jobs may hold between them.
         progress: told of bytes done.
@@ -45,6 +58,18 @@ class Context:
     def __post_init__(self) -> None:
         self.budget = Budget(self.memory)
         self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._once: dict[str, _Once] = {}
+
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """What ``make`` gives, which is called once for all jobs of this process that ask."""
+        with self._lock:
+            found = self._once.setdefault(key, _Once())
+        with found.lock:
+            if not found.done:
+                found.value, found.done = make(), True
+        value: T = found.value
+        return value
 
     def stop(self) -> None:
         """Makes every job end soon: another one failed, or the run was interrupted."""
@@ -59,10 +84,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a job: the SHA-256 of what it wrote or read, by full name."""
+    """What came of a job: the SHA-256 of what it wrote or read, by full name.
+
+    ``pieces`` are what it wrote of tensors that it did not write all of.
+    """
 
     job: Job
     hashes: dict[str, str] = field(default_factory=dict)
+    pieces: dict[str, Piece] = field(default_factory=dict)
 
 
 class Job(ABC):
@@ -80,33 +109,80 @@ class Job(ABC):
         """
 
 
-class TensorWriter:
-    """An output tensor being written, in order."""
+@dataclass(frozen=True)
+class PartJob(Job):
+    """What is done with a module's units from ``first`` up to ``last``; all where that is None.
 
-    def __init__(self, context: Context, entry: TensorEntry) -> None:
+    The first part also does what is done once for the module.
+    """
+
+    item: records.Convert | records.Restore
+    first: int = 0
+    last: int | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.item.name
+
+    @property
+    def count(self) -> int:
+        """How many units the module has."""
+        item = self.item
+        return len((item.modules[0] if isinstance(item, records.Restore) else item).units)
+
+    @property
+    def units(self) -> range:
+        return range(self.first, self.count if self.last is None else self.last)
+
+
+class TensorWriter:
+    """An output tensor, or ``length`` bytes of it from ``start`` on, being written in order."""
+
+    def __init__(
+        self, context: Context, entry: TensorEntry, start: int = 0, length: int | None = None
+    ) -> None:
         assert context.sink is not None
         self._sink = context.sink
         self._progress = context.progress
         self._entry = entry
+        self._start = start
+        self._length = entry.nbytes if length is None else length
         self._done = 0
         self._digest = hashlib.sha256()
 
     def put(self, data: memoryview) -> None:
         """Writes and hashes the next bytes."""
-        if self._done + len(data) > self._entry.nbytes:
+        if self._done + len(data) > self._length:
             raise AssertionError(f"{self._entry.name}: too many bytes for {self._entry.spec}")
-        self._sink.write(self._entry.file, self._entry.offset + self._done, data)
+        self._sink.write(self._entry.file, self._entry.offset + self._start + self._done, data)
         self._digest.update(data)
         self._done += len(data)
         self._progress.advance(len(data))
 
-    def finish(self) -> str:
-        """The hash of the whole tensor."""
-        if self._done != self._entry.nbytes:
+    @property
+    def whole(self) -> bool:
+        """Whether this is all of the tensor."""
+        return self._length == self._entry.nbytes
+
+    def finish(self) -> Piece:
+        """What was written, and its hash."""
+        if self._done != self._length:
             raise AssertionError(
-                f"{self._entry.name}: {self._done} of {self._entry.nbytes} bytes were written"
+                f"{self._entry.name}: {self._done} of {self._length} bytes were written"
             )
-        return self._digest.hexdigest()
+        return Piece(self._start, self._length, self._digest.hexdigest())
+
+
+def written(job: Job, writers: Mapping[str, TensorWriter], hashes: dict[str, str]) -> Done:
+    """What came of a job that wrote tensors, by full name, and had ``hashes`` of others."""
+    pieces = {}
+    for name, writer in writers.items():
+        piece = writer.finish()
+        if writer.whole:
+            hashes[name] = piece.sha256
+        else:
+            pieces[name] = piece
+    return Done(job, hashes, pieces)
 
 
 def copy_tensors(context: Context, sources: Sequence[TensorEntry], output: TensorEntry) -> str:
@@ -117,7 +193,7 @@ def copy_tensors(context: Context, sources: Sequence[TensorEntry], output: Tenso
             for part in context.source.pieces(entry.file, entry.offset, entry.nbytes):
                 context.check_running()
                 writer.put(part)
-    return writer.finish()
+    return writer.finish().sha256
 
 
 @dataclass(frozen=True)

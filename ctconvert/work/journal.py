@@ -34,6 +34,31 @@ class ShardDone(Struct, frozen=True, tag="shard"):
     tensors: dict[str, str]
 
 
+class Piece(Struct, frozen=True):
+    """Bytes of a tensor, from ``start`` on, and their SHA-256."""
+
+    start: int
+    length: int
+    sha256: str
+
+
+#: An item and the units of it that a part is: the name, the first, and the one after the last.
+Key = tuple[str, int, int]
+
+
+class PartDone(Struct, frozen=True, tag="part"):
+    """Units of an item, ``first`` up to ``last``, are made.
+
+    ``tensors`` are the SHA-256 of those that are whole, ``pieces`` what was written of others.
+    """
+
+    item: str
+    first: int
+    last: int
+    tensors: dict[str, str]
+    pieces: dict[str, Piece]
+
+
 class SourceDone(Struct, frozen=True, tag="source"):
     """A source file's SHA-256."""
 
@@ -47,10 +72,11 @@ class Commit(Struct, frozen=True, tag="commit"):
     manifest: str
 
 
-_ENTRY = msgspec.json.Decoder(Begin | ShardDone | SourceDone | Commit)
+Entry = Begin | ShardDone | PartDone | SourceDone | Commit
+_ENTRY = msgspec.json.Decoder(Entry)
 
 
-def read_journal(path: Path, mend: bool = False) -> list[Begin | ShardDone | SourceDone | Commit]:
+def read_journal(path: Path, mend: bool = False) -> list[Entry]:
     """A journal's entries, up to a line that a kill cut short; ``mend`` removes that one."""
     try:
         if not path.is_file():

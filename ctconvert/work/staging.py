@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,6 +39,8 @@ from ctconvert.work.journal import (
     Begin,
     Commit,
     Identity,
+    Key,
+    PartDone,
     ShardDone,
     SourceDone,
     read_journal,
@@ -62,6 +65,8 @@ class Staging:
         #: Finished shards, with the hashes of their tensors, and hashes of source files.
         self.shards: dict[str, dict[str, str]] = {}
         self.sources: dict[str, str] = {}
+        #: Finished parts of items whose shards are not.
+        self.parts: dict[Key, PartDone] = {}
         #: Why an unfinished output was not taken over.
         self.note = ""
         self._journal = self.root / JOURNAL
@@ -152,23 +157,28 @@ class Staging:
         for entry in entries:
             if isinstance(entry, ShardDone):
                 self.shards[entry.name] = entry.tensors
+            elif isinstance(entry, PartDone):
+                self.parts[entry.item, entry.first, entry.last] = entry
             elif isinstance(entry, SourceDone):
                 self.sources[entry.name] = entry.sha256
         return True
 
-    def keep_only(self, names: set[str]) -> None:
-        """Removes all but these finished shards: what else lies there may be of any age.
+    def keep_only(self, names: set[str], begun: set[str], parts: Mapping[Key, PartDone]) -> None:
+        """Removes all but these finished shards, and others' parts in the files that are begun.
+
+        What else lies there may be of any age.
 
         Raises:
             ConversionError: the file system refuses.
         """
         try:
             for path in self.folder.iterdir():
-                if path.name not in names:
+                if path.name not in names | begun:
                     remove(path)
         except OSError as error:
             raise cannot_write(self.folder, error) from None
         self.shards = {name: found for name, found in self.shards.items() if name in names}
+        self.parts = dict(parts)
 
     def check_space(self, need: int) -> None:
         """Refuses to begin what the disk cannot hold.
@@ -181,7 +191,7 @@ class Staging:
         """
         free = shutil.disk_usage(self.root).free
         if free < need:
-            if not self.shards:
+            if not self.shards and not self.parts:
                 self.discard()
             raise ConversionError(
                 f"{self.out}: the output needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
@@ -204,6 +214,11 @@ class Staging:
         """Records a finished shard and the hash of each of its tensors."""
         self._record(ShardDone(name, tensors))
         self.shards[name] = tensors
+
+    def finished_part(self, key: Key, part: PartDone) -> None:
+        """Records a finished part of an item."""
+        self._record(part)
+        self.parts[key] = part
 
     def finished_source(self, name: str, sha256: str) -> None:
         """Records the hash of a source file."""

@@ -16,7 +16,7 @@ from ctconvert.store.base import Store
 from ctconvert.store.safetensors import TensorEntry
 from ctconvert.transforms.device import is_out_of_memory, resolve
 from ctconvert.transforms.dtypes import from_bytes, raw_bytes
-from ctconvert.work.jobs import Context, Done, Job, TensorWriter, copy_tensors
+from ctconvert.work.jobs import Context, Done, PartJob, TensorWriter, copy_tensors, written
 
 
 def read_tensor(store: Store, entry: TensorEntry) -> torch.Tensor:
@@ -40,67 +40,78 @@ def _out_of_memory(name: str, device: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class ConvertJob(Job):
+class ConvertJob(PartJob):
     """A module: its source tensors through the layout."""
 
     item: records.Convert
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.item.name
-
     def run(self, context: Context) -> Done:
         item, device = self.item, resolve(context.device)
         read = partial(read_tensor, context.source)
-        cut = len(item.name) + 1
-        writers = {entry.name[cut:]: TensorWriter(context, entry) for entry in item.outputs}
+        units = self.units
+        writers: dict[str, TensorWriter] = {}
+        for entry in item.outputs:
+            one = entry.nbytes // len(item.units)
+            writers[entry.name] = TensorWriter(context, entry, units.start * one, len(units) * one)
         with _out_of_memory(item.name, context.device):
-            for unit in range(len(item.units)):
+            for unit in units:
                 context.check_running()
                 with context.budget.hold(item_bytes(item)):
                     for local, tensor in codec.encode(item, unit, read, device).items():
-                        writers[local].put(raw_bytes(tensor))
+                        writers[item.prefix + local].put(raw_bytes(tensor))
                     del tensor
-        hashes = {f"{item.name}.{local}": writer.finish() for local, writer in writers.items()}
-        for local, output in item.beside.items():
+        hashes: dict[str, str] = {}
+        for local, output in item.beside.items() if self.first == 0 else ():
             originals = [source.beside[local] for source in item.sources]
             hashes[output.name] = copy_tensors(context, originals, output)
-        return Done(self, hashes)
+        return written(self, writers, hashes)
 
 
 @dataclass(frozen=True)
-class RestoreJob(Job):
+class RestoreJob(PartJob):
     """Converted modules back to their source tensors."""
 
     item: records.Restore
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.item.name
-
     def run(self, context: Context) -> Done:
         item, device = self.item, resolve(context.device)
         read = partial(read_tensor, context.source)
-        writers = {entry.name: TensorWriter(context, entry) for entry in item.outputs}
-        hashes: dict[str, str] = {}
+        outputs = {entry.name: entry for entry in item.outputs}
+        writers: dict[str, TensorWriter] = {}
         with _out_of_memory(item.name, context.device):
-            for unit in range(len(item.modules[0].units)):
+            for unit in self.units:
                 context.check_running()
                 with context.budget.hold(item_bytes(item)):
-                    for source, _, tensors in codec.restore(item, unit, read, device):
+                    for source, expert, tensors in codec.restore(item, unit, read, device):
                         for local, tensor in tensors.items():
-                            writers[source.tensors[local].name].put(raw_bytes(tensor))
+                            name = source.tensors[local].name
+                            if name not in writers:
+                                writers[name] = self._writer(
+                                    context, outputs[name], source.experts, expert
+                                )
+                            writers[name].put(raw_bytes(tensor))
                         del tensors, tensor
-        for module in item.modules:
+        hashes: dict[str, str] = {}
+        for module in item.modules if self.first == 0 else ():
             self._beside(context, module, hashes)
             for source in module.sources:
                 for local, data in source.values.items():
                     name = source.tensors[local].name
-                    if name in writers and name not in hashes:
+                    if name not in writers:
+                        writers[name] = TensorWriter(context, outputs[name])
                         writers[name].put(memoryview(bytes.fromhex(data)))
-                        hashes[name] = writers.pop(name).finish()
-        hashes |= {name: writer.finish() for name, writer in writers.items() if name not in hashes}
-        return Done(self, hashes)
+        return written(self, writers, hashes)
+
+    def _writer(
+        self, context: Context, entry: TensorEntry, experts: int | None, first: int | None
+    ) -> TensorWriter:
+        """Of a tensor, or of this part's experts in it: the ``first`` and those after it."""
+        if experts is None or first is None:
+            return TensorWriter(context, entry)
+        if first != self.first:
+            raise AssertionError(f"{entry.name}: expert {first} comes in unit {self.first}")
+        one = entry.nbytes // experts
+        return TensorWriter(context, entry, first * one, len(self.units) * one)
 
     def _beside(self, context: Context, module: records.Convert, hashes: dict[str, str]) -> None:
         """Gives each source its rows of a tensor that stands beside the weight (``bias``)."""
@@ -115,20 +126,16 @@ class RestoreJob(Job):
 
 
 @dataclass(frozen=True)
-class CompareJob(Job):
+class CompareJob(PartJob):
     """A module of an output that must hold what a source's modules hold."""
 
     item: records.Convert
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.item.name
 
     def run(self, context: Context) -> Done:
         assert context.against is not None
         made, original = (partial(read_tensor, s) for s in (context.source, context.against))
         with _out_of_memory(self.item.name, context.device):
-            for unit in range(len(self.item.units)):
+            for unit in self.units:
                 context.check_running()
                 with context.budget.hold(comparison_bytes(self.item)):
                     count = codec.compare(self.item, unit, made, original, resolve(context.device))

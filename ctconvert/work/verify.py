@@ -18,6 +18,7 @@ from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.safetensors import TensorEntry, total_bytes
 from ctconvert.work.executors import Executor
 from ctconvert.work.jobs import CompareBytesJob, Context, HashJob, Job
+from ctconvert.work.parts import ranges
 
 
 def verify_output(output: Output, executor: Executor, progress: Progress) -> Verified:
@@ -173,9 +174,10 @@ def _comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
             covered |= {entry.name for entry in module.source.tensors.values()}
             covered |= {entry.name for entry in module.source.beside.values()}
         found = replace(item, sources=tuple(sources))
-        jobs.append(CompareJob(found))
+        jobs += [CompareJob(found, *units) for units in ranges(found)]
         for local, joined in item.beside.items():
-            jobs.append(_bytes(joined, [source.beside[local] for source in sources]))
+            originals = [source.beside[local] for source in sources]
+            jobs.append(_bytes(joined, originals, found.stacked))
     for copy in output.plan.copies:
         entry = checkpoint.tensors.get(copy.name)
         if entry is None:
@@ -201,7 +203,9 @@ def _check_same(item: Convert, recorded: SourceModule, found: SourceModule, wher
         )
 
 
-def _bytes(made: TensorEntry, originals: list[TensorEntry]) -> CompareBytesJob:
-    if made.spec != joined_rows(originals):
+def _bytes(
+    made: TensorEntry, originals: list[TensorEntry], stacked: int | None = None
+) -> CompareBytesJob:
+    if made.spec != joined_rows(originals, stacked):
         raise VerificationError(f"tensor {made.name}: {made.spec} is not the source's")
     return CompareBytesJob(made, tuple(originals))

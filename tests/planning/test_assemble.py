@@ -166,15 +166,6 @@ def test_a_bias_of_one_part_alone_keeps_them_apart() -> None:
     assert len(plan.modules) == 2 and "differ in the tensors beside" in plan.notes[0]
 
 
-def test_experts_of_their_own_are_joined_each() -> None:
-    tensors = {"m.mlp.gate.weight": torch.randn(2, 96, dtype=torch.bfloat16)}
-    for expert in range(2):
-        tensors |= parts(f"m.mlp.experts.{expert}", "gate_proj", "up_proj")
-    plan = fused(tensors, "cuda")
-    assert names(plan) == {f"m.mlp.experts.{expert}.gate_up_proj" for expert in range(2)}
-    assert [copy.name for copy in plan.copies] == ["m.mlp.gate.weight"]
-
-
 @pytest.mark.parametrize(("target", "padded"), [("triton", False), ("cuda", True)])
 def test_stacked_experts_are_joined_one_by_one(target: str, padded: bool) -> None:
     tensors = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,23 @@ def sparse24(
 def module(name: str, made: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A module's tensors by full name."""
     return {f"{name}.{local}": tensor for local, tensor in made.items()}
+
+
+def expert_modules(
+    block: str,
+    group: Mapping[str, Any],
+    shape: tuple[int, int],
+    count: int = 3,
+    names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+) -> dict[str, torch.Tensor]:
+    """Experts one by one, by full name: [gate,] up I x H and down H x I, ``shape`` being (I, H)."""
+    found = {}
+    for number in range(count):
+        for place, leaf in enumerate(names):
+            n, k = shape if place < len(names) - 1 else shape[::-1]
+            made = quantised(n, k, group, 10 * number + place)
+            found |= module(f"{block}.experts.{number}.{leaf}", made)
+    return found
 
 
 def experts(

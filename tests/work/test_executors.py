@@ -23,9 +23,9 @@ from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.local import LocalStore
 from ctconvert.store.writer import LocalSink
 from ctconvert.work.budget import CancelledError
-from ctconvert.work.build import job_of
 from ctconvert.work.executors import Executor, Threads
 from ctconvert.work.jobs import Context, Done, HashJob, Job
+from ctconvert.work.parts import jobs_of
 from ctconvert.work.verify import verify_against, verify_output
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ def test_an_error_in_another_process_is_the_same_error(place: Place, processes: 
 def test_jobs_stores_and_sinks_are_data(place: Place, tmp_path: Path) -> None:
     store = LocalStore(place.model)
     plan = plan_of(store)
-    for item in plan.items:
-        job = job_of(item)
+    for job in (job for item in plan.items for job in jobs_of(item)):
         assert pickle.loads(pickle.dumps(job)) == job
     again = pickle.loads(pickle.dumps(store))
     assert again.sizes() == store.sizes() and again.where == store.where
@@ -104,8 +103,8 @@ def test_jobs_know_nothing_of_files(place: Place, whole: Whole) -> None:
     plan, sink = plan_of(store), MemorySink()
     for shard in plan.shards:
         sink.create(shard.name, plan.header(shard), shard.size)
-    for item in plan.items:
-        job_of(item).run(Context(store, sink))
+    for job in (job for item in plan.items for job in jobs_of(item)):
+        job.run(Context(store, sink))
     repack(place.model, place.out)
     for shard in plan.shards:
         assert bytes(sink.files[shard.name]) == (place.out / shard.name).read_bytes()

@@ -24,6 +24,7 @@ from support.executors import Inline
 from support.models import (
     config,
     module_name,
+    options,
     plan_of,
     repack,
     restore,
@@ -433,6 +434,92 @@ def test_a_module_takes_no_more_than_is_reserved_for_it(place: Place) -> None:
             lambda job=job, context=context: job.run(context),
         )
         assert convert.input_bytes < peak < reserved + 8 * MIB, job
+
+
+def write_sparse_experts(folder: Path, count: int, size: int, hidden: int) -> Path:
+    """Experts one by one, as :func:`write_sparse_model` has modules."""
+    header: dict[str, object] = {}
+    position = 0
+    shapes: list[tuple[int, int, int]] = []
+    for number in range(count):
+        for leaf, n, k in (
+            ("gate_proj", size, hidden),
+            ("up_proj", size, hidden),
+            ("down_proj", hidden, size),
+        ):
+            name = f"model.layers.0.mlp.experts.{number}.{leaf}"
+            shapes.append((position, n, k))
+            for local, dtype, shape, nbytes in (
+                ("weight_shape", "I64", [2], 16),
+                ("weight_packed", "I32", [n, k // 8], n * k // 2),
+                ("weight_scale", "BF16", [n, k // 32], n * k // 16),
+            ):
+                end = position + nbytes
+                header[f"{name}.{local}"] = {
+                    "dtype": dtype,
+                    "shape": shape,
+                    "data_offsets": [position, end],
+                }
+                position = end
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        for offset, n, k in shapes:
+            file.seek(start + offset)
+            file.write(struct.pack("<qq", n, k))
+        file.truncate(start + position)
+    write_json(folder / "config.json", config())
+    return folder
+
+
+@needs_peak
+@pytest.mark.parametrize("size", [512, 544])
+def test_a_stack_holds_the_experts_in_flight_and_no_more(place: Place, size: int) -> None:
+    """However many experts there are; 544 are padded to 576 in each of gate and up."""
+    few, many = (
+        write_sparse_experts(place.folder / name, count, size, 3584)
+        for name, count in (("few", 3), ("many", 40))
+    )
+    asked = options(target="cuda", fuse=True, max_shard_size=1 << 40)
+    plan = plan_of(LocalStore(many), asked)
+    up, down = sorted(plan.modules, key=lambda item: -item.input_bytes)
+    assert up.experts == down.experts == 40 and up.name.endswith("w13")
+    out, back = place.folder / "warm", place.folder / "warm back"
+    allowed = BASE + 2 * item_bytes(up)
+    assert up.input_bytes * 40 > 1.2 * allowed
+    peak = peak_of(
+        lambda: repack(many, place.out, asked=asked, executor=Threads(2)),
+        lambda: repack(few, out, asked=asked, executor=Threads(2)),
+    )
+    assert up.input_bytes < peak < allowed
+    peak = peak_of(
+        lambda: restore(place.out, place.folder / "back", executor=Threads(2)),
+        lambda: restore(out, back, executor=Threads(2)),
+    )
+    assert up.input_bytes < peak < BASE + 2 * 2 * item_bytes(up)
+    peak = peak_of(
+        lambda: api.verify(place.out, against=many, workers=2),
+        lambda: api.verify(out, against=few, workers=2),
+    )
+    assert peak < BASE + 2 * comparison_bytes(up)
+
+
+@needs_peak
+@pytest.mark.parametrize("size", [2048, 8224])
+def test_an_expert_takes_no_more_than_is_reserved_for_it(place: Place, size: int) -> None:
+    """Gate and up joined, and each padded before: 8224 to 8256."""
+    model = write_sparse_experts(place.folder / "big", 2, size, 4096)
+    plan = plan_of(LocalStore(model), options(target="cuda", fuse=True))
+    source, sink = LocalStore(model), _Nowhere()
+    for item in plan.modules:
+        job = ConvertJob(item, 0, 1)
+        peak = peak_of(
+            lambda job=job: job.run(Context(source, sink)),
+            lambda job=job: job.run(Context(source, sink)),
+        )
+        assert item.input_bytes < peak < item_bytes(item) + 8 * MIB, item.name
 
 
 class _Nowhere:

@@ -1,0 +1,213 @@
+"""Makes the shards of a plan: runs its jobs, records what is finished, takes over what was."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from ctconvert.planning.memory import budget
+from ctconvert.progress import Progress
+from ctconvert.records import Item, Plan, Shard
+from ctconvert.store.base import Store
+from ctconvert.store.local import LocalStore
+from ctconvert.store.safetensors import TensorEntry
+from ctconvert.store.writer import LocalSink
+from ctconvert.work.executors import Executor
+from ctconvert.work.jobs import Context, Done, HashJob, Job
+from ctconvert.work.journal import Key, PartDone
+from ctconvert.work.parts import (
+    Pieces,
+    SealJob,
+    bytes_of,
+    checks,
+    hash_of,
+    jobs_of,
+    part_of,
+    wanted_parts,
+)
+from ctconvert.work.staging import Staging
+
+
+@dataclass
+class Filling:
+    """The shards of one build, being made.
+
+    Args:
+        plan: what they are.
+        store: what they are made of.
+        staging: where, and what of it is finished.
+        executor, progress, device: as the build's settings have them.
+    """
+
+    plan: Plan
+    store: Store
+    staging: Staging
+    executor: Executor
+    progress: Progress
+    device: str
+    #: SHA-256 of every tensor that is whole.
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._shards = {shard.name: shard for shard in self.plan.shards}
+        self._missing: dict[str, set[str]] = {}
+        self._pieces = Pieces()
+        self._sealing: deque[SealJob] = deque()
+
+    # --- what an earlier run has finished ---------------------------------------------------------
+
+    def take_over(self) -> int:
+        """Keeps what is finished and still as the journal says; returns how many shards."""
+        staging = self.staging
+        with closing(LocalStore(staging.folder)) as made:
+            whole = self._whole_shards(made)
+            parts = self._whole_parts(made, whole)
+        begun = {entry.file for part in parts.values() for entry in self._entries(part)}
+        staging.keep_only(whole, begun, parts)
+        for hashes in staging.shards.values():
+            self.hashes |= hashes
+        if whole or parts:
+            also = f" and {len(parts)} parts of others" if parts else ""
+            self.progress.note(f"{len(whole)} of {len(self.plan.shards)} shards{also} taken over")
+        return len(whole)
+
+    def _whole_shards(self, made: LocalStore) -> set[str]:
+        """The shards whose every tensor has the hash that the journal says."""
+        plan, staging = self.plan, self.staging
+        jobs: dict[HashJob, str] = {}
+        whole: set[str] = set()
+        for shard in plan.shards:
+            hashes = staging.shards.get(shard.name)
+            if hashes is None or hashes.keys() != set(shard.tensors):
+                continue
+            if self._begins_well(made, shard.name):
+                whole.add(shard.name)
+                jobs |= {hash_of(plan.entries[name]): hashes[name] for name in shard.tensors}
+        whole -= {job.file for job in self._wrong(jobs, made)}
+        return whole
+
+    def _whole_parts(self, made: LocalStore, whole: set[str]) -> dict[Key, PartDone]:
+        """The finished parts of items of other shards, which lie there as the journal says."""
+        jobs: dict[HashJob, str] = {}
+        parts: dict[Key, PartDone] = {}
+        for key in wanted_parts(self.plan, self.staging.parts):
+            part = self.staging.parts[key]
+            files = {entry.file for entry in self._entries(part)}
+            if not files & whole and all(self._begins_well(made, file) for file in files):
+                parts[key] = part
+                jobs |= checks(part, self.plan)
+        wrong = set(self._wrong(jobs, made))
+        return {
+            key: part for key, part in parts.items() if not wrong & checks(part, self.plan).keys()
+        }
+
+    def _begins_well(self, made: LocalStore, name: str) -> bool:
+        """Whether a shard has its size and its header."""
+        shard = self._shards[name]
+        header = self.plan.header(shard)
+        return made.sizes().get(name) == shard.size and made.read(name, 0, len(header)) == header
+
+    def _wrong(self, wanted: Mapping[HashJob, str], made: LocalStore) -> list[HashJob]:
+        """The jobs that find another hash than they should."""
+        if wanted:
+            self.progress.phase("checking", sum(job.length for job in wanted))
+        context = Context(made, progress=self.progress)
+        found = ((d.job, d.hashes[d.job.name]) for d in self.executor.run(wanted, context))
+        return [job for job, have in found if isinstance(job, HashJob) and have != wanted[job]]
+
+    def _entries(self, part: PartDone) -> list[TensorEntry]:
+        return [self.plan.entries[name] for name in (*part.tensors, *part.pieces)]
+
+    # --- what this run makes ----------------------------------------------------------------------
+
+    def fill(self, left: Sequence[Shard], sink: LocalSink) -> None:
+        """Makes the shards that are not there, and hashes the source beside.
+
+        Raises:
+            CtconvertError: a job failed.
+        """
+        items: dict[str, list[Item]] = {shard.name: [] for shard in left}
+        for item in self.plan.items:
+            file = item.made[0].file
+            if file in items:
+                items[file].append(item)
+        self._missing = {shard.name: set(shard.tensors) for shard in left}
+        label = "converting" if self.plan.kind == "converted" else "restoring"
+        done = sum(bytes_of(part, self.plan) for part in self.staging.parts.values())
+        self.progress.phase(label, sum(shard.size for shard in left) - done)
+        self._run(self._jobs(left, items, sink), sink)
+        while self._sealing:
+            self._run(self._seals(), sink)
+        if lacking := [name for names in self._missing.values() for name in names]:
+            raise AssertionError(f"no job has made {lacking[0]}")
+
+    def _jobs(
+        self, left: Sequence[Shard], items: dict[str, list[Item]], sink: LocalSink
+    ) -> Iterator[Job]:
+        hashing = self._source_jobs()
+        parts = dict(self.staging.parts)  # as they were: those that this run makes come to it
+        begun = {entry.file for part in parts.values() for entry in self._entries(part)}
+        for shard in left:
+            if (ahead := next(hashing, None)) is not None:
+                yield ahead
+            if shard.name not in begun:
+                sink.create(shard.name, self.plan.header(shard), shard.size)
+            if not items[shard.name]:
+                self._finish_shard(shard, sink)
+            for item in items[shard.name]:
+                for job in jobs_of(item):
+                    key = part_of(job)
+                    if key is None or key not in parts:
+                        yield job
+                    else:
+                        self._take(Done(job, parts[key].tensors, parts[key].pieces), sink)
+                    yield from self._seals()
+        yield from hashing
+
+    def _source_jobs(self) -> Iterator[Job]:
+        """Hashes of the source's files that are not known; read in order, they read ahead."""
+        for file in self.plan.source.hashed:
+            if file.name not in self.staging.sources:
+                yield HashJob(file.name, file.name, 0, file.size, counted=False)
+
+    def _seals(self) -> Iterator[Job]:
+        while self._sealing:
+            yield self._sealing.popleft()
+
+    def _run(self, jobs: Iterable[Job], sink: LocalSink) -> None:
+        with closing(LocalStore(self.staging.folder)) as made:
+            context = Context(
+                self.store,
+                sink,
+                made,
+                device=self.device,
+                memory=budget(self.plan),
+                progress=self.progress,
+            )
+            with closing(self.executor.run(jobs, context)) as results:
+                for done in results:
+                    if isinstance(done.job, HashJob):
+                        for name, digest in done.hashes.items():
+                            self.staging.finished_source(name, digest)
+                        continue
+                    if (key := part_of(done.job)) is not None:
+                        self.staging.finished_part(key, PartDone(*key, done.hashes, done.pieces))
+                    self._take(done, sink)
+
+    def _take(self, done: Done, sink: LocalSink) -> None:
+        """Notes what there is now, and finishes the shards that lack nothing more."""
+        for name, piece in done.pieces.items():
+            if seal := self._pieces.add(self.plan.entries[name], piece):
+                self._sealing.append(seal)
+        self.hashes |= done.hashes
+        for name in done.hashes:
+            file = self.plan.entries[name].file
+            self._missing[file].discard(name)
+            if not self._missing[file]:
+                self._finish_shard(self._shards[file], sink)
+
+    def _finish_shard(self, shard: Shard, sink: LocalSink) -> None:
+        sink.finish(shard.name)
+        self.staging.finished_shard(shard.name, {name: self.hashes[name] for name in shard.tensors})
