@@ -21,6 +21,7 @@ from support.block_floats import (
 from support.builders import (
     DYNAMIC_INT8,
     config_of,
+    expert_modules,
     experts,
     group_config,
     quantised,
@@ -196,6 +197,41 @@ def test_stacked_experts_run_together_and_one_by_one(
     put_kernel(monkeypatch, layout, grouped=lambda spec: mixed)
     with pytest.raises(VerificationError, match=f"the {layout} grouped kernel is off by"):
         prove(out, device)
+
+
+def expert_by_expert(case: str) -> dict[str, torch.Tensor]:
+    """Three experts' gate, up and down; their size is one that layouts pad, where that can be."""
+    make, group = BY_NAME[case]
+    size = {"marlin-fp8-f16": 256, "marlin-mxfp8": 96}.get(case, 80)
+    if make is quantised:
+        return expert_modules("model.mlp", group, (size, 128))
+    tensors = {}
+    for number in range(9):
+        expert, leaf = divmod(number, 3)
+        made = make(*((128, size) if leaf == 2 else (size, 128)), number)
+        for local in ("weight_global_scale", "input_global_scale"):
+            if local in made:  # one for gate and up, another for every expert
+                made[local] = torch.full((1,), 500.0 + expert)
+        name = f"model.mlp.experts.{expert}.{('w1', 'w3', 'w2')[leaf]}"
+        tensors |= {f"{name}.{local}": value for local, value in made.items()}
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "case", ["marlin-nvfp4", "marlin-fp8", "marlin-fp8-f16", "marlin-mxfp8", "humming int8"]
+)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_experts_stacked_by_fuse_run_together(case: str, device: str, tmp_path: Path) -> None:
+    layout = case.split()[0]
+    config = config_of(BY_NAME[case][1])
+    source = write_checkpoint(tmp_path / "in", expert_by_expert(case), config)
+    out = tmp_path / "out"
+    ctconvert.repack(source, out, target="cuda", device="cpu", fuse=True, layout={"*": layout})
+    found = {run.layout: run for run in prove(out, device)}
+    assert {name: run.modules for name, run in found.items()} == {
+        layout: 6,
+        f"{layout} grouped": 2,
+    }
 
 
 @pytest.mark.gpu

@@ -116,6 +116,8 @@ def _experts(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     held = take(tensors)._asdict()
+    if held["factor"] is not None:  # [E] or [E, 1]
+        held["factor"] = held["factor"].reshape(-1, 1)
     n, k = bound.padded
     bias = like(bias, x)
     if bias is not None:
