@@ -247,7 +247,8 @@ def verify(
         progress: told of bytes done.
 
     Returns:
-        the report, the content of ``ctconvert verify --json``.
+        the report, the content of ``ctconvert verify --json``. Modules in its ``without_kernel``
+        were not run, and the verb fails.
 
     Raises:
         UsageError: there is no such checkpoint, or ``independent`` without ``against``.
@@ -276,8 +277,9 @@ def verify(
     if kernels:
         from ctconvert.runtime.proof import verify_kernels
 
-        runs = verify_kernels(output, device, shown)
-        found = replace(found, kernels={run.layout: run for run in runs})
+        proved = verify_kernels(output, device, shown)
+        runs = {run.layout: run for run in proved.runs}
+        found = replace(found, kernels=runs, without_kernel=proved.missing)
     return found
 
 

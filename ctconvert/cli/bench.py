@@ -55,6 +55,10 @@ def _print(sink: Sink, found: BenchReport) -> None:
     sink.line(f"{found.device}: copy {copy:.3f} TB/s, {limits}, measured now")
     columns = ["layout", "weights", "N x K", "M", "us", "TB/s", "TFLOP/s", "in", "floor us"]
     sink.table([*columns, "dense us", "dense/ours"], map(_cells, found.rows))
+    for layout in dict.fromkeys(row.layout for row in found.rows if row.plain):
+        sink.line(f"note: {layout} is a path in plain torch here, not the kernel that serves it")
+    for layout in found.without_kernel:
+        sink.line(f"note: no kernel here runs some modules of layout {layout}; they were not timed")
     products = {row.product: row.product_flops for row in found.rows}
     for product, limit in products.items():
         if product is None:

@@ -51,7 +51,16 @@ def verify(
                 workers=workers,
                 progress=progress,
             )
-        sink.show(found, lambda sink, found: _print(sink, found, out, against), ok=True)
+        missing = found.without_kernel
+        sink.show(found, lambda sink, found: _print(sink, found, out, against), ok=not missing)
+        if missing:
+            from ctconvert.errors import VerificationError
+
+            listed = ", ".join(f"{count} of {layout}" for layout, count in missing.items())
+            raise VerificationError(
+                f"{out}: {listed} modules were not run: no kernel here runs them; "
+                "`ctconvert verify --against MODEL` proves their bytes"
+            )
 
 
 def _print(sink: Sink, found: Verified, out: Path, source: str | None) -> None:
@@ -76,10 +85,11 @@ def _print(sink: Sink, found: Verified, out: Path, source: str | None) -> None:
         )
         for reason, count in judged.not_judged.items():
             sink.line(f"{out}: {count} weights were not judged: {reason}")
-    if found.kernels == {}:
+    if found.kernels == {} and not found.without_kernel:
         sink.line(f"{out}: holds no converted module, so there is no kernel to run")
     for layout, run in (found.kernels or {}).items():
+        what = "modules in plain torch, for want of the kernel," if run.plain else "kernels"
         sink.line(
-            f"{out}: ok, {run.modules} {layout} kernels within {run.tolerance:.0e} of "
+            f"{out}: ok, {run.modules} {layout} {what} within {run.tolerance:.0e} of "
             f"the reference; worst {run.worst_error:.1e} ({run.module}, {run.case})"
         )

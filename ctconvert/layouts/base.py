@@ -27,7 +27,8 @@ class Layout(ABC):
     takes: ClassVar[str]
     #: Local names of the tensors it writes, for ``ctconvert layouts`` and the README.
     writes: ClassVar[str]
-    #: The kernels that read it, for ``ctconvert layouts`` and the README.
+    #: The kernels that read it, for ``ctconvert layouts`` and the README; after a semicolon what
+    #: stands for them here where they are not: see ``runtime.kernels``.
     read_by: ClassVar[str]
     #: Of the activations that its bytes are made for, where they depend on it.
     dtype: ClassVar[Dtype | None] = None

@@ -66,7 +66,7 @@ class CPUW4A16(Layout):
     name = "cpu-w4a16"
     takes = "INT4, symmetric or not, in groups of an even size or channel-wise"
     writes = "qweight, scales, qzeros"
-    read_by = "vLLM cpu_gemm_wna16"
+    read_by = "vLLM cpu_gemm_wna16; plain torch here"
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """N and K to multiples of 32."""
@@ -130,7 +130,7 @@ class CPUW4A8(Layout):
     name = "cpu-w4a8"
     takes = "INT4, symmetric or not, weight-only or with dynamic per-token INT8 activations"
     writes = "qweight, scales, qzeros"
-    read_by = "vLLM int4_scaled_mm_cpu, AMX"
+    read_by = "vLLM int4_scaled_mm_cpu, AMX; plain torch here"
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """N and K to multiples of 32, K of 128 where one group is longer than that."""
@@ -201,7 +201,7 @@ class CPUInt8(Layout):
     name = "cpu-int8"
     takes = "INT8 symmetric, per channel or tensor, with dynamic per-token INT8 activations"
     writes = "weight, weight_scale"
-    read_by = "vLLM int8_scaled_mm_with_quant, AMX"
+    read_by = "vLLM int8_scaled_mm_with_quant, AMX; plain torch here"
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """N and K to multiples of 32."""

@@ -50,7 +50,7 @@ GROUP_SIZES = (32, 64, 128)
 
 
 class _Humming(Layout):
-    read_by = "Humming GEMM, SM90"
+    read_by = "Humming GEMM, SM90; Triton here"
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """N to a multiple of 256, K of 128."""

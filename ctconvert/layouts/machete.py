@@ -44,7 +44,7 @@ class Machete(Layout):
     name = "machete"
     takes = "INT 4, 8 bits, symmetric or not, groups of 64, 128 or channel-wise"
     writes = "qweight, scales, zeros, zero_point_source"
-    read_by = "Machete GEMM, SM90"
+    read_by = "Machete GEMM, SM90; plain torch here"
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """N to a multiple of 128, K of 64."""

@@ -49,7 +49,7 @@ GROUP_SIZES = (32, 64, 128)
 
 
 class _Marlin(Layout):
-    read_by = "Marlin GEMM, SM80 and newer"
+    read_by = "Marlin GEMM, SM80 and newer; Triton here"
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """The smallest N x K that the kernel's tiles fit: (64, 128) or (128, 64) at a time."""

@@ -42,7 +42,7 @@ class MarlinFP8(Layout):
     dtype: ClassVar[Dtype] = "BF16"
     takes = "FP8, per tensor, per channel or block-wise, for bfloat16 activations"
     writes = "weight, weight_scale, weight_scale_source, input_scale"
-    read_by = "Marlin GEMM, SM75 and newer"
+    read_by = "Marlin GEMM, SM75 and newer; Triton here"
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """The smallest N x K that the kernel's tiles fit, K a multiple of a scale block's."""

@@ -32,7 +32,7 @@ class MarlinMXFP8(Layout):
     name = "marlin-mxfp8"
     takes = "MXFP8, with or without activation quantisation"
     writes = "weight, weight_scale"
-    read_by = "Marlin GEMM, SM80 and newer"
+    read_by = "Marlin GEMM, SM80 and newer; Triton here"
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """The smallest N x K that the kernel's tiles fit: (64, 128) or (128, 64) at a time."""

@@ -54,7 +54,7 @@ class MarlinNVFP4(Layout):
         "weight, weight_scale, weight_scale_lost, weight_global_scale, "
         "weight_global_scale_source, input_global_scale"
     )
-    read_by = "Marlin GEMM, SM75 and newer"
+    read_by = "Marlin GEMM, SM75 and newer; Triton here"
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """The smallest N x K that the kernel's tiles fit: (64, 128) or (128, 64) at a time."""

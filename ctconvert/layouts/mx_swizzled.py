@@ -90,7 +90,7 @@ class _MXSwizzled(Layout):
 class MXFP8Swizzled(_MXSwizzled):
     name = "mxfp8-swizzled"
     takes = "MXFP8 weights with MXFP8 activations"
-    read_by = "block-scaled MXFP8 matmul kernels, SM100 and newer"
+    read_by = "block-scaled MXFP8 matmul kernels, SM100 and newer; none here"
     family = "mxfp8"
     activations = "fp8 dynamic group in"
     element, codes = "F8_E4M3", 1
@@ -99,7 +99,7 @@ class MXFP8Swizzled(_MXSwizzled):
 class MXFP4Swizzled(_MXSwizzled):
     name = "mxfp4-swizzled"
     takes = "MXFP4 weights with MXFP4 activations"
-    read_by = "block-scaled FP4 matmul kernels, SM100 and newer"
+    read_by = "block-scaled FP4 matmul kernels, SM100 and newer; none here"
     family = "mxfp4"
     activations = "fp4 dynamic group in"
     element, codes = "U8", 2

@@ -40,7 +40,7 @@ class NVFP4Cutlass(Layout):
     name = "nvfp4-cutlass"
     takes = "NVFP4 weights with NVFP4 activations"
     writes = "weight, weight_scale, input_global_scale_inv, alpha, weight_global_scale_source"
-    read_by = "block-scaled FP4 matmul kernels, SM100 and newer"
+    read_by = "block-scaled FP4 matmul kernels, SM100 and newer; none here"
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         return -(-spec.n // ALIGNED) * ALIGNED, -(-spec.k // ALIGNED) * ALIGNED

@@ -36,7 +36,7 @@ class W4A8FP8(Layout):
     name = "w4a8-fp8"
     takes = "INT4 symmetric in groups of 128 with dynamic per-token FP8 activations"
     writes = "weight, weight_chan_scale, weight_scale, weight_scale_source"
-    read_by = "CUTLASS W4A8 GEMM, SM90"
+    read_by = "CUTLASS W4A8 GEMM, SM90; plain torch here"
 
     def padded_shape(self, spec: WeightSpec) -> tuple[int, int]:
         """N to a multiple of 128; whole groups are multiples already."""

@@ -8,7 +8,10 @@ from ctconvert.records.plan import Refusal
 
 
 class KernelRun(Struct, frozen=True):
-    """What running a layout's modules showed: the worst error, where, and what was allowed."""
+    """What running a layout's modules showed: the worst error, where, and what was allowed.
+
+    ``plain``: a path in plain torch ran, of the layout's tensors, because its kernel is not here.
+    """
 
     layout: str
     modules: int
@@ -16,6 +19,7 @@ class KernelRun(Struct, frozen=True):
     module: str
     case: str
     tolerance: float
+    plain: bool = False
 
 
 class Report(Struct, frozen=True, kw_only=True):
@@ -60,7 +64,8 @@ class Verified(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a verification found to be as the manifest says: ``verify --json``.
 
     ``against`` is there where a source was compared, ``independent`` where compressed-tensors was
-    the judge, ``kernels`` (by layout) where they ran.
+    the judge, ``kernels`` (by layout) where they ran; ``without_kernel`` counts the modules, by
+    layout, of which that proves nothing: no kernel here runs them.
     """
 
     checkpoint: str
@@ -71,3 +76,4 @@ class Verified(Struct, frozen=True, kw_only=True, omit_defaults=True):
     against: Compared | None = None
     independent: Judged | None = None
     kernels: dict[str, KernelRun] | None = None
+    without_kernel: dict[str, int] = {}

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["KernelEmbedding", "KernelLinear", "load", "load_model"]
+__all__ = ["KernelEmbedding", "KernelExperts", "KernelLinear", "load", "load_model"]
 
 if TYPE_CHECKING:
     from ctconvert.runtime.loading import load, load_model
-    from ctconvert.runtime.modules import KernelEmbedding, KernelLinear
+    from ctconvert.runtime.modules import KernelEmbedding, KernelExperts, KernelLinear
 
 
 def __getattr__(name: str) -> Any:
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
         from ctconvert.runtime import loading
 
         return getattr(loading, name)
-    if name in ("KernelEmbedding", "KernelLinear"):
+    if name in ("KernelEmbedding", "KernelExperts", "KernelLinear"):
         from ctconvert.runtime import modules
 
         return getattr(modules, name)

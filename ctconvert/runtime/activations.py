@@ -72,3 +72,22 @@ def token_int8(spec: WeightSpec, tensors: Tensors, x: torch.Tensor) -> torch.Ten
     """INT8 a token, its scale rounded to x's dtype: what the caller of vLLM's XPU kernel makes."""
     scale = (x.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-5).to(x.dtype)
     return (x.float() / scale.float()).round().clamp(-128, 127).double() * scale.double()
+
+
+def dynamic_int8(spec: WeightSpec, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
+    """INT8 a token, its scale float32: of a kernel that has no other, whatever the scheme says."""
+    wide = x.float()
+    scale = _token_scale(wide, 127.0)
+    return (wide / scale).round().double() * scale.double()
+
+
+def dynamic_fp8(spec: WeightSpec, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
+    """FP8 a token, its scale float32."""
+    wide = x.float()
+    scale = _token_scale(wide, 448.0)
+    return (wide / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double() * scale.double()
+
+
+def _token_scale(wide: torch.Tensor, limit: float) -> torch.Tensor:
+    scale = wide.abs().amax(-1, keepdim=True) / wide.new_tensor(limit)  # see eight_bit
+    return torch.where(scale > 0, scale, 1.0)

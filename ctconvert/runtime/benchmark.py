@@ -21,7 +21,7 @@ from ctconvert.runtime import kernels
 from ctconvert.runtime.kernels import Binding
 from ctconvert.runtime.kernels.base import SPARSE
 from ctconvert.runtime.loading import Loader
-from ctconvert.runtime.modules import KernelEmbedding, KernelLinear
+from ctconvert.runtime.modules import KernelEmbedding, KernelExperts, KernelLinear
 from ctconvert.transforms.device import is_out_of_memory, on_device
 
 #: Bytes of the largest bf16 table that a quantised embedding is compared with.
@@ -116,7 +116,7 @@ def product_of(binding: Binding, device: torch.device) -> str | None:
     Returns:
         what :class:`~ctconvert.runtime.kernels.Kernel` says of products.
     """
-    product = kernels.get(binding.layout).product(binding.spec)
+    product = kernels.get(binding.layout, binding.spec).product(binding.spec)
     # No kernel runs on a CPU; torch computes the references densely.
     return product and "bf16" if device.type == "cpu" else product
 
@@ -168,7 +168,8 @@ class BenchRow(Struct, frozen=True):
     :func:`product_of`) and ``product_flops`` the limit of that, twice the dense one for 2:4, None
     where none was measured; all are None for embeddings. ``floor_seconds`` is the roofline's, of
     bytes alone where there is no ``product_flops``; ``dense_seconds`` a bf16 matmul of the shape,
-    or a look-up in a bf16 table (None where that takes more than 4 GiB).
+    or a look-up in a bf16 table (None where that takes more than 4 GiB, and for stacked experts).
+    ``plain``: a path in plain torch ran, its kernel being none of those here.
     """
 
     layout: str
@@ -185,19 +186,21 @@ class BenchRow(Struct, frozen=True):
     product_flops: float | None
     floor_seconds: float
     dense_seconds: float | None
+    plain: bool = False
 
 
 class BenchReport(Struct, frozen=True):
     """A device's name, its measured limits, the matmul's by type, and what the kernels took.
 
     The types are ``bf16``, and ``int8`` and ``fp8`` where modules multiply in them and they can be
-    measured.
+    measured. ``without_kernel`` are the layouts of modules that no kernel here runs.
     """
 
     device: str
     copy_bytes_per_second: float
     matmul_flops: dict[str, float]
     rows: list[BenchRow]
+    without_kernel: tuple[str, ...] = ()
 
 
 def bench(out: Path, device: str, rows: tuple[int, ...]) -> BenchReport:
@@ -209,24 +212,37 @@ def bench(out: Path, device: str, rows: tuple[int, ...]) -> BenchReport:
         rows: the numbers M of tokens, or of rows looked up, to time.
 
     Raises:
-        UsageError: there is no such directory or device, or nothing in it was converted.
+        UsageError: there is no such directory or device, nothing in it was converted, or
+            no kernel here runs any of it.
         VerificationError: the manifest is damaged or does not fit the files.
         ConversionError: an M takes more memory than the device has.
     """
     measured: list[BenchRow] = []
     with Loader(out, device) as loader:
-        chosen = _distinct(loader.bindings)
+        chosen: list[str] = []
+        missing: list[str] = []
+        for whole in _distinct(loader.bindings):
+            bound = loader.bindings[whole]
+            run = kernels.find(bound.layout, bound.spec) is not None
+            (chosen if run else missing).append(whole)
+        if missing and not chosen:
+            bound = loader.bindings[missing[0]]
+            kernels.get(bound.layout, bound.spec)  # says that there is none
         if not chosen:
             raise UsageError(f"{out}: holds no converted module, so there is no kernel to time")
         products = {product_of(loader.bindings[whole], loader.device) for whole in chosen}
         limits = Limits.measure(loader.device, {p for p in products if p is not None})
         for whole in chosen:
-            name, module = next(iter(loader.modules(whole).items()))
+            modules = loader.modules(whole)
+            name, module = next(iter(modules.items()))
             if isinstance(module, KernelEmbedding):
                 measured += _bench_embedding(name, module, rows, loader.device, limits)
-            else:
+            elif isinstance(module, KernelLinear):
                 measured += _bench_linear(name, module, rows, loader.device, limits)
-    return BenchReport(_name(loader.device), limits.copy, dict(limits.matmul), measured)
+            if isinstance(stack := modules.get(whole), KernelExperts):
+                measured += _bench_experts(whole, stack, rows, loader.device, limits)
+    rates, unrun = dict(limits.matmul), {loader.bindings[whole].layout for whole in missing}
+    return BenchReport(_name(loader.device), limits.copy, rates, measured, tuple(sorted(unrun)))
 
 
 def _distinct(bindings: Mapping[str, Binding]) -> list[str]:
@@ -243,16 +259,34 @@ def _bench_linear(
 ) -> list[BenchRow]:
     spec = module.binding.spec
     dense = torch.randn((spec.k, spec.n), dtype=torch.bfloat16, device=device)
-    weight_bytes = sum(tensor.nbytes for tensor in module.tensors().values())
+    weight_bytes = module.read_bytes
     measured = []
     for m in rows:
         with _enough_memory(name, m, spec.k + spec.n, device):
-            x = torch.randn((m, spec.k), dtype=module.binding.dtype, device=device)
+            x = torch.randn((m, spec.k), dtype=module.activation_dtype, device=device)
             seconds = median_seconds(partial(module, x), device)
             plain = median_seconds(partial(torch.matmul, x.bfloat16(), dense), device)
         moved = weight_bytes + 2 * m * (spec.k + spec.n)
         flops = 2 * m * spec.n * spec.k
         measured.append(_row(name, module, m, seconds, plain, moved, flops, device, limits))
+    return measured
+
+
+def _bench_experts(
+    name: str, stack: KernelExperts, rows: tuple[int, ...], device: torch.device, limits: Limits
+) -> list[BenchRow]:
+    """M rows shared out evenly; experts that have none are not read."""
+    spec, experts = stack.binding.spec, stack.experts
+    measured = []
+    for m in rows:
+        with _enough_memory(name, m, spec.k + spec.n, device):
+            x = torch.randn((m, spec.k), dtype=stack.activation_dtype, device=device)
+            places = torch.arange(m, dtype=torch.int32, device=device)
+            offsets = torch.arange(experts + 1, device=device) * m // experts
+            seconds = median_seconds(partial(stack, x, places, offsets.int()), device)
+        moved = stack.read_bytes * min(m, experts) // experts + 2 * m * (spec.k + spec.n)
+        flops = 2 * m * spec.n * spec.k
+        measured.append(_row(name, stack, m, seconds, None, moved, flops, device, limits))
     return measured
 
 
@@ -282,7 +316,7 @@ def _bench_embedding(
 
 def _row(
     name: str,
-    module: KernelLinear | KernelEmbedding,
+    module: KernelLinear | KernelEmbedding | KernelExperts,
     m: int,
     seconds: float,
     dense_seconds: float | None,
@@ -298,7 +332,7 @@ def _row(
     if flops is not None and limit is not None:
         floor = max(floor, flops / limit)
     return BenchRow(
-        layout=binding.layout,
+        layout=binding.layout + (" grouped" if isinstance(module, KernelExperts) else ""),
         weights=binding.spec.label,
         module=name,
         n=binding.spec.n,
@@ -312,6 +346,7 @@ def _row(
         product_flops=limit,
         floor_seconds=floor,
         dense_seconds=dense_seconds,
+        plain=module.kernel.plain,
     )
 
 

@@ -16,8 +16,15 @@ from ctconvert.errors import ConversionError, UsageError, VerificationError
 from ctconvert.layouts import get as get_layout
 from ctconvert.output import Output
 from ctconvert.records import Convert
+from ctconvert.runtime import kernels
 from ctconvert.runtime.kernels import Binding
-from ctconvert.runtime.modules import FusedPart, KernelEmbedding, KernelLinear, TiedHead
+from ctconvert.runtime.modules import (
+    FusedPart,
+    KernelEmbedding,
+    KernelExperts,
+    KernelLinear,
+    TiedHead,
+)
 from ctconvert.transforms import device as devices
 from ctconvert.transforms.dtypes import torch_dtype
 
@@ -36,7 +43,7 @@ _IMPLEMENTATIONS = (
     "grouped_mm",
 )
 
-Modules = dict[str, KernelLinear | KernelEmbedding]
+Modules = dict[str, KernelLinear | KernelEmbedding | KernelExperts]
 
 
 def binding(module: Convert) -> Binding:
@@ -113,7 +120,8 @@ class Loader:
     def modules(self, name: str) -> Modules:
         """The modules of one converted module: itself, or ``NAME.e`` for each expert of a 3-D one.
 
-        Tensors go from the file to the device once; on the CPU they stay mapped.
+        Where a kernel runs the experts of a 3-D one together, ``NAME`` is that, of the same
+        tensors. Those go from the file to the device once; on the CPU they stay mapped.
         """
         binding, module = self.bindings[name], self.converted[name]
         cut = len(module.prefix)
@@ -133,6 +141,8 @@ class Loader:
                 for local, tensor in tensors.items()
             }
             found[f"{name}.{index}"] = kind(binding, one, None if bias is None else bias[index])
+        if kernels.get(binding.layout, binding.spec).grouped(binding.spec) is not None:
+            found[name] = KernelExperts(binding, tensors, bias)
         return found
 
 
@@ -140,7 +150,8 @@ def load(out: str | Path, device: str = "auto") -> Modules:
     """The converted modules of a checkpoint, by name, ready to be called.
 
     Tensors go from the file to the device once; on the CPU they stay mapped. The expert ``e`` of a
-    stack is under ``NAME.e``. :class:`Loader` gives them one at a time.
+    stack is under ``NAME.e``, and under ``NAME`` all of them as one :class:`KernelExperts` where a
+    kernel takes them so. :class:`Loader` gives them one at a time.
 
     Args:
         out: a converted checkpoint.

@@ -26,7 +26,7 @@ class _Kernel(nn.Module):
     ) -> None:
         super().__init__()
         self.binding = binding
-        self.kernel = kernels.get(binding.layout)
+        self.kernel = kernels.get(binding.layout, binding.spec)
         self._names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
@@ -41,18 +41,33 @@ class _Kernel(nn.Module):
         """The layout's tensors by local name."""
         return {name: self.get_buffer(name) for name in self._names}
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the tensors that the kernel reads."""
+        unread = self.kernel.unread
+        return sum(t.nbytes for name, t in self.tensors().items() if not name.endswith(unread))
+
     def _run(self, x: torch.Tensor, without: str = "") -> torch.Tensor:
         names = (*self._names, *self._derived)
         given = {name: self.get_buffer(name) for name in names if name != without}
         return self.kernel.run(self.binding, given, x.contiguous(), self.bias)
 
     def dequantize(self) -> torch.Tensor:
-        """The dense weight, f32 [N, K], decoded by the layout: the reference's weight."""
+        """The dense weight, f32 [N, K], decoded by the layout: the reference's weight.
+
+        What the layout keeps only for the way back to the source is not in it.
+        """
         layout = layouts.get(self.binding.layout)
         assert layout is not None
-        spec = self.binding.spec
-        whole = dense_weight(layout.decode(self.tensors(), padded(spec, *self.binding.padded)))
+        spec, tensors = self.binding.spec, self.tensors()
+        tensors |= {name: torch.zeros_like(tensors[name]) for name in self.kernel.lost}
+        whole = dense_weight(layout.decode(tensors, padded(spec, *self.binding.padded)))
         return whole[: spec.n, : spec.k]
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """Of the activations to try it with."""
+        return self.kernel.dtype or self.binding.dtype
 
     def extra_repr(self) -> str:
         spec = self.binding.spec
@@ -105,6 +120,24 @@ class KernelEmbedding(_Kernel):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         rows = self._run(ids)
         return rows if self.dtype is None else rows.to(self.dtype)
+
+
+class KernelExperts(_Kernel):
+    """Stacked experts in one launch: tensors [E, ...], ``out[p] = x[rows[p]] @ W[e]^T + bias[e]``.
+
+    x is f16 or bf16 [M, K]; ``rows`` i32 [P] are sorted by expert, of which e has those from
+    ``offsets[e]`` to ``offsets[e + 1] - 1``, ``offsets`` being i32 [E + 1]. The result is [P, N] in
+    x's dtype. Only where the kernel is one for stacks; see :meth:`~Loader.modules`.
+    """
+
+    @property
+    def experts(self) -> int:
+        return int(self.get_buffer(self._names[0]).shape[0])
+
+    def forward(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        grouped = self.kernel.grouped(self.binding.spec)
+        assert grouped is not None
+        return grouped(self.binding, self.tensors(), x.contiguous(), rows, offsets, self.bias)
 
 
 class TiedHead(nn.Module):

@@ -2,7 +2,9 @@
 
 The reference is the weight the layout decodes to, dense and in float64, and the scheme's activation
 quantisation in plain torch; it shares no code with the kernels. (On a CPU there are no kernels:
-their own references run, and of these the 2:4 one decompresses as the layout does.)
+their own references run, and of these the 2:4 one decompresses as the layout does.) Where a
+layout's kernel is not here at all, a plain path stands for it, and the run says so; where there is
+not even that, its modules are counted, and nothing is proved of them.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from ctconvert.errors import VerificationError
 from ctconvert.output import Output
 from ctconvert.progress import Progress
 from ctconvert.records import KernelRun
-from ctconvert.runtime import activations
-from ctconvert.runtime.loading import Loader
-from ctconvert.runtime.modules import KernelEmbedding, KernelLinear
+from ctconvert.runtime import activations, kernels
+from ctconvert.runtime.loading import Loader, Modules
+from ctconvert.runtime.modules import KernelEmbedding, KernelExperts, KernelLinear
 
 ROWS = (1, 17, 256)
 
@@ -57,7 +59,7 @@ _BLOCK_ROWS = 4096
 def _check_linear(module: KernelLinear, device: torch.device) -> Worst:
     weight, tensors = module.dequantize(), module.tensors()
     kernel, binding = module.kernel, module.binding
-    cases = inputs(module.in_features, binding.dtype, device)
+    cases = inputs(module.in_features, module.activation_dtype, device)
     taken = torch.cat([kernel.activations(binding.spec, tensors, x) for x in cases.values()])
     products, sizes = [], []
     for rows in weight.split(_BLOCK_ROWS):
@@ -68,7 +70,7 @@ def _check_linear(module: KernelLinear, device: torch.device) -> Worst:
     expected = torch.cat(products, dim=1).split(counts)
     size = torch.cat(sizes, dim=1).split(counts)
     # Beyond the largest number of the result's dtype it is infinite; so is what is expected.
-    limit = torch.finfo(kernel.result or binding.dtype).max
+    limit = torch.finfo(kernel.result or module.activation_dtype).max
     worst = Worst()
     for (case, x), product, near in zip(cases.items(), expected, size, strict=True):
         if module.bias is not None:
@@ -99,6 +101,41 @@ def _check_embedding(module: KernelEmbedding, device: torch.device) -> Worst:
     return worst
 
 
+#: Tokens to try stacked experts with: fewer than there are, and more than a tile has.
+_TOKENS = (1, 3, 130)
+
+
+def _check_experts(stack: KernelExperts, each: list[KernelLinear], device: torch.device) -> Worst:
+    """All experts at once, tokens at random; two experts a token, and one expert without any."""
+    spec, kernel = stack.binding.spec, stack.kernel
+    made = torch.Generator().manual_seed(spec.k)
+    limit = torch.finfo(stack.activation_dtype).max
+    worst = Worst()
+    for count in _TOKENS:
+        x = torch.randn((count, spec.k), generator=made).to(stack.activation_dtype).to(device)
+        score = torch.rand((count, stack.experts), generator=made)
+        if stack.experts > 2:
+            score[:, stack.experts // 2] = -1.0
+        expert = score.topk(min(2, stack.experts), dim=1).indices
+        order = expert.flatten().argsort(stable=True)
+        sizes = expert.flatten().bincount(minlength=stack.experts)
+        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)))
+        rows = (order // expert.shape[1]).int().to(device)
+        out = stack(x, rows, offsets.int().to(device)).double()
+        for index, module in enumerate(each):
+            part = slice(int(offsets[index]), int(offsets[index + 1]))
+            if part.start == part.stop:
+                continue
+            taken = kernel.activations(spec, module.tensors(), x[rows[part].long()])
+            wide = module.dequantize().double().t()
+            product, near = taken @ wide, (taken.square() @ wide.square()).sqrt()
+            if module.bias is not None:
+                product = product + module.bias.double()
+            seen = out[part].clamp(-limit, limit)
+            worst.see(_error(seen, product.clamp(-limit, limit), near), f"{count} tokens")
+    return worst
+
+
 def _error(made: torch.Tensor, expected: torch.Tensor, size: torch.Tensor) -> float:
     """The worst of ||made - expected|| / ||size|| over the whole, each row and each column.
 
@@ -124,48 +161,71 @@ def _ratio(difference: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     return torch.where(size == 0, torch.where(difference == 0, 0.0, torch.inf), ratio)
 
 
-def _check(name: str, module: KernelLinear | KernelEmbedding, device: torch.device) -> KernelRun:
-    """Runs one module."""
+def _check(
+    name: str,
+    module: KernelLinear | KernelEmbedding | KernelExperts,
+    beside: Modules,
+    device: torch.device,
+) -> KernelRun:
+    """Runs one module; ``beside`` are those of the same tensors."""
+    layout, tolerance = module.kernel.layout, module.kernel.tolerance
     if isinstance(module, KernelEmbedding):
         found = _check_embedding(module, device)
-    else:
+    elif isinstance(module, KernelLinear):
         found = _check_linear(module, device)
-    layout, tolerance = module.kernel.layout, module.kernel.tolerance
+    else:
+        layout += " grouped"
+        each = [other for other in beside.values() if isinstance(other, KernelLinear)]
+        found = _check_experts(module, each, device)
     if not found.error <= tolerance:
         raise VerificationError(
             f"module {name}: the {layout} kernel is off by {found.error:.2e} ({found.case}), more "
             f"than the tolerance {tolerance:.0e}"
         )
-    return KernelRun(layout, 1, found.error, name, found.case, tolerance)
+    return KernelRun(layout, 1, found.error, name, found.case, tolerance, module.kernel.plain)
 
 
-def verify_kernels(output: Output, device: str, progress: Progress) -> tuple[KernelRun, ...]:
+@dataclass(frozen=True)
+class Proved:
+    """What ran, by layout in the order met, and of layouts without a kernel the modules."""
+
+    runs: tuple[KernelRun, ...]
+    missing: dict[str, int]
+
+
+def verify_kernels(output: Output, device: str, progress: Progress) -> Proved:
     """Runs every module of a converted checkpoint and compares it with the reference.
 
-    Activations are bfloat16, float16 where a module's scales are.
+    Activations are bfloat16, float16 where a module's scales are or its layout is made for them.
+    Stacked experts run one by one and, where a kernel takes them so, together: a run of its own,
+    of the layout's name and ``grouped``.
 
     Args:
         output: a converted checkpoint.
         device: where the kernels run.
         progress: told of modules done, by their bytes.
 
-    Returns:
-        one for each layout, in the order met.
-
     Raises:
         VerificationError: a kernel is off by more than its layout's tolerance.
         ConversionError: it is no longer the checkpoint that was opened.
     """
     runs: dict[str, KernelRun] = {}
+    missing: dict[str, int] = {}
     with Loader(output, device) as loader:
         sizes = loader.sizes()
         progress.phase("running", sum(sizes.values()))
-        for whole in loader.bindings:
+        for whole, binding in loader.bindings.items():
+            if kernels.find(binding.layout, binding.spec) is None:
+                missing[binding.layout] = missing.get(binding.layout, 0) + 1
+                progress.advance(sizes[whole])
+                continue
             # One at a time: memory is bounded by the largest, whatever the checkpoint's size.
-            for name, module in loader.modules(whole).items():
-                run = _check(name, module, loader.device)
+            modules = loader.modules(whole)
+            for name, module in modules.items():
+                run = _check(name, module, modules, loader.device)
                 seen = runs.setdefault(run.layout, replace(run, modules=0))
                 worse = run if run.worst_error >= seen.worst_error else seen
                 runs[run.layout] = replace(worse, modules=seen.modules + 1)
+            del modules, module
             progress.advance(sizes[whole])
-    return tuple(runs.values())
+    return Proved(tuple(runs.values()), missing)

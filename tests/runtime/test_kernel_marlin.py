@@ -7,11 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.tiles import (
+    E2M1,
+    naive_scales,
+    naive_tiles,
+    naive_zero_points,
+    pack,
+    relative_error,
+)
 
 from ctconvert.runtime.kernels.marlin import triton
+from ctconvert.runtime.kernels.marlin.forms import FORMS
 from ctconvert.runtime.kernels.marlin.kernel import marlin_gemm
-from ctconvert.runtime.kernels.marlin.mxfp4 import marlin_mxfp4_gemm
-from ctconvert.runtime.kernels.marlin.reference import marlin_dequantize, marlin_mxfp4_dequantize
+from ctconvert.runtime.kernels.marlin.reference import marlin_dequantize, tiles_dequantize
+from ctconvert.runtime.kernels.marlin.tiles import marlin_tiles_gemm
 from ctconvert.runtime.kernels.marlin.triton import Config, Dense
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,65 +29,7 @@ SMALL = Config(16, 64, 4, 4, 2, 1)
 SPLIT = Config(16, 128, 4, 4, 2, 3)
 WIDE = Config(16, 128, 8, 4, 2, 1)
 SIZES = (-1, 32, 48, 64, 96, 192)
-E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-
-
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """i32 words [R, C*bits/32] of codes [R, C], low first."""
-    per = codes.reshape(codes.shape[0], -1, 32 // bits).long()
-    words = sum(per[:, :, i] << (bits * i) for i in range(32 // bits))
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
-def naive_tiles(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Marlin tiles of codes [K, N], from the order of the tensor cores' operand.
-
-    Lane i of a warp holds, of the B operand of mma.m16n8k16, column i // 4 and rows 2 (i % 4),
-    + 1, + 8, + 9; a word holds the lane's codes of one 16 x 16 tile (two operands side by side).
-    """
-    k, n = codes.shape
-    order = [0, 2, 4, 6, 1, 3, 5, 7] if bits == 4 else [0, 2, 1, 3]
-    places = []
-    for lane in range(32):
-        for column in range(4):
-            entries = []
-            for half in range(2):
-                for row in (0, 1, 8, 9):
-                    entries.append((2 * (lane % 4) + row, column * 16 + lane // 4 + 8 * half))
-            for start in range(0, 8, len(order)):
-                places.extend(entries[start + o] for o in order)
-    in_k = torch.tensor([place[0] for place in places])
-    in_n = torch.tensor([place[1] for place in places])
-    rows = []
-    for tile_k in range(0, k, 16):
-        runs = [codes[tile_k + in_k, tile_n + in_n] for tile_n in range(0, n, 64)]
-        rows.append(torch.cat(runs))
-    return pack(torch.stack(rows), bits)
-
-
-def naive_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Marlin's order of scales [K/G, N], element by element."""
-    out = torch.empty_like(scales)
-    for place in range(scales.shape[1]):
-        if scales.shape[0] > 1:
-            run, at = place // 64 * 64, place % 64
-            source = run + at // 8 + 8 * (at % 8)
-        else:
-            run, at = place // 32 * 32, place % 32
-            source = run + 2 * (at // 8) + (0, 1, 8, 9, 16, 17, 24, 25)[at % 8]
-        out[:, place] = scales[:, source]
-    return out
-
-
-def naive_zero_points(zeros: torch.Tensor, bits: int) -> torch.Tensor:
-    """vLLM's marlin_zero_points of codes [K/G, N]: permuted by 64, interleaved, packed along N."""
-    run = [0, 2, 4, 6, 1, 3, 5, 7] if bits == 4 else [0, 2, 1, 3]
-    rows = []
-    for row in zeros.tolist():
-        permuted = [row[p // 64 * 64 + p % 64 // 8 + 8 * (p % 8)] for p in range(len(row))]
-        size = len(run)
-        rows.append([permuted[p // size * size + run[p % size]] for p in range(len(row))])
-    return pack(torch.tensor(rows), bits)
+MXFP4 = {"form": "mxfp4", "group_size": 32}
 
 
 def make(
@@ -94,11 +45,6 @@ def make(
     weight = (codes - shift[spread]).double() * scales[spread].double()
     packed = None if zeros is None else naive_zero_points(zeros, bits)
     return naive_tiles(codes, bits), naive_scales(scales), packed, weight.t()
-
-
-def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    expected = expected.double().cpu()
-    return float((out.double().cpu() - expected).norm() / expected.norm())
 
 
 def on_device(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -127,16 +73,16 @@ def test_mxfp4_against_the_real_kernel() -> None:
     v = {key.removeprefix("mxfp4_marlin."): value for key, value in vectors.items()}
     n, k = v["weight_packed"].shape[0], v["weight_packed"].shape[1] * 2
     nibbles = torch.stack([v["weight_packed"] & 15, v["weight_packed"] >> 4], dim=-1).reshape(n, k)
-    values = torch.tensor([*E2M1, *(-e for e in E2M1)])[nibbles.long()]
+    values = torch.tensor(E2M1)[nibbles.long()]
     scale = torch.exp2(v["weight_scale"].double() - 127).repeat_interleave(32, dim=1)
     dense = values.double() * scale
-    weight = marlin_mxfp4_dequantize(v["out_weight"], v["out_scale_u8"], n=n, k=k)
+    weight = tiles_dequantize(v["out_weight"], v["out_scale_u8"], n=n, k=k, **MXFP4)
     assert torch.equal(weight.double(), dense)
     arguments = (v["x"], v["out_weight"], v["out_scale_u8"])
-    reference = marlin_mxfp4_gemm(*arguments, n=n, k=k)
+    reference = marlin_tiles_gemm(*arguments, n=n, k=k, **MXFP4)
     # The kernel adds in another order: one bf16 step where a sum is near a rounding boundary.
     assert torch.allclose(reference.float(), v["y"].float(), rtol=2**-7, atol=0)
-    kernel = triton.mxfp4_gemm(*on_device(*arguments), n=n, k=k).cpu()
+    kernel = triton.tiles_gemm(*on_device(*arguments), n=n, k=k, **MXFP4).cpu()
     # On a CPU this is Triton's interpreter, which truncates to bf16.
     assert torch.allclose(kernel.float(), v["y"].float(), rtol=2**-7, atol=0)
 
@@ -214,9 +160,8 @@ def test_triton_dequantises_exactly(bits: int, n: int, k: int, group_size: int) 
     torch.manual_seed(k)
     zero_point = (k > 192) == (bits == 4)
     qweight, scales, qzeros, weight = make(bits, n, k, group_size, zero_point, torch.float16)
-    group = 0 if scales.shape[0] == 1 else group_size
     arguments = on_device(qweight, scales, qzeros)
-    shape = {"n": n, "k": k, "kind": bits, "group": group}
+    shape = {"n": n, "k": k, "form": FORMS[f"int{bits}"], "group": group_size}
     exact = triton.dequantize(*arguments, **shape, dtype=torch.float32)
     assert torch.equal(exact.cpu().double(), weight)
     rounded = triton.dequantize(*arguments, **shape, dtype=torch.bfloat16)
@@ -229,9 +174,9 @@ def test_triton_dequantises_mxfp4_exactly() -> None:
     n, k = 128, 160
     words = naive_tiles(torch.randint(0, 16, (k, n)), 4)
     scale = torch.randint(2, 254, (k // 32, n), dtype=torch.uint8)
-    shape = {"n": n, "k": k, "kind": 16, "group": 32, "dtype": torch.bfloat16}
+    shape = {"n": n, "k": k, "form": FORMS["mxfp4"], "group": 32, "dtype": torch.bfloat16}
     made = triton.dequantize(*on_device(words, scale, None), **shape)
-    assert torch.equal(made.cpu().float(), marlin_mxfp4_dequantize(words, scale, n=n, k=k))
+    assert torch.equal(made.cpu().float(), tiles_dequantize(words, scale, n=n, k=k, **MXFP4))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -249,8 +194,10 @@ def test_triton_mxfp4_equals_the_reference(config: Config) -> None:
         x = (torch.randn(m, k) * 2.0**8).to(dtype)
         small = scale - 24
         arguments = (x, weight, small)
-        expected = marlin_mxfp4_gemm(*arguments, bias.to(dtype), n=n, k=k)
-        out = triton.mxfp4_gemm(*on_device(*arguments, bias.to(dtype)), n=n, k=k, config=config)
+        expected = marlin_tiles_gemm(*arguments, bias=bias.to(dtype), n=n, k=k, **MXFP4)
+        out = triton.tiles_gemm(
+            *on_device(*arguments, None, None, bias.to(dtype)), n=n, k=k, **MXFP4, config=config
+        )
         assert relative_error(out, expected) < tolerance
 
 
@@ -290,12 +237,12 @@ def test_mxfp4_reads_what_the_converter_writes() -> None:
     scale = torch.randint(120, 130, (n, k // 32), dtype=torch.uint8)
     tiles = transforms.marlin_pack(pack(codes, 4), 4)
     permuted = transforms.marlin_permute_mxfp4_scales(scale.t().contiguous())
-    weight = torch.tensor([*E2M1, *(-e for e in E2M1)]).double()[codes]
+    weight = torch.tensor(E2M1).double()[codes]
     weight *= torch.exp2(scale.double() - 127).repeat_interleave(32, dim=1)
-    assert torch.equal(marlin_mxfp4_dequantize(tiles, permuted, n=n, k=k).double(), weight)
+    assert torch.equal(tiles_dequantize(tiles, permuted, n=n, k=k, **MXFP4).double(), weight)
     x = torch.randn(2, k).bfloat16()
     for kind in (torch.uint8, torch.float8_e8m0fnu):
-        out = marlin_mxfp4_gemm(*on_device(x, tiles, permuted.view(kind)), n=n, k=k)
+        out = marlin_tiles_gemm(*on_device(x, tiles, permuted.view(kind)), n=n, k=k, **MXFP4)
         assert relative_error(out, x.double() @ weight.t()) < 5e-3
 
 
@@ -308,8 +255,8 @@ def test_many_f16_tokens_meet_weights_too_small_for_f16() -> None:
     weight = naive_tiles(codes, 4)
     scale = torch.full((k // 32, n), 127 - 30, dtype=torch.uint8)  # f16 ends at 2**-24
     x = (torch.randn(m, k) * 2.0**13).half()
-    out = triton.mxfp4_gemm(*on_device(x, weight, scale), n=n, k=k)
-    expected = x.double() @ marlin_mxfp4_dequantize(weight, scale, n=n, k=k).double().t()
+    out = triton.tiles_gemm(*on_device(x, weight, scale), n=n, k=k, **MXFP4)
+    expected = x.double() @ tiles_dequantize(weight, scale, n=n, k=k, **MXFP4).double().t()
     assert float(expected.abs().mean()) > 2.0**-14
     assert relative_error(out, expected) < 5e-3
 
@@ -319,14 +266,14 @@ def test_e8m0_ends() -> None:
     codes[0] = 7
     scale = torch.zeros(1, 64, dtype=torch.uint8)
     scale[0, 5] = 255
-    weight = marlin_mxfp4_dequantize(naive_tiles(codes, 4), scale, n=64, k=32)
+    weight = tiles_dequantize(naive_tiles(codes, 4), scale, n=64, k=32, **MXFP4)
     assert weight.isnan().any(dim=1).sum() == 1
     assert (weight[:, 0].nan_to_num(0) != 0).sum() == 63
     assert weight[0, 0] == 6 * 2.0**-127 and weight[0, 1] == 2.0**-128
     x = torch.zeros(1, 32).bfloat16()
     x[0, 0] = 2.0**100
     arguments = on_device(x, naive_tiles(codes, 4), scale)
-    out = triton.mxfp4_gemm(*arguments, n=64, k=32, config=SMALL).cpu().float()
+    out = triton.tiles_gemm(*arguments, n=64, k=32, **MXFP4, config=SMALL).cpu().float()
     assert out.isnan().sum() == 1
     assert torch.equal(out.isnan()[0], weight[:, 0].isnan())
     assert (out[~out.isnan()] == 6 * 2.0**-27).all()
@@ -337,7 +284,7 @@ def test_infinite_activations_stay_infinite() -> None:
     scale = torch.full((1, 64), 127, dtype=torch.uint8)
     x = torch.ones(1, 32).half()
     x[0, 3] = torch.inf
-    out = triton.mxfp4_gemm(*on_device(x, weight, scale), n=64, k=32, config=SMALL)
+    out = triton.tiles_gemm(*on_device(x, weight, scale), n=64, k=32, **MXFP4, config=SMALL)
     assert (out == torch.inf).all()
 
 
@@ -394,9 +341,9 @@ def test_bad_arguments_are_named() -> None:
         ({"weight": weight[:2]}, ValueError, r"weight must have shape \[4, 256\]"),
         ({"k": 48}, ValueError, "k must be a multiple of 32"),
     ):
-        arguments = {"x": good["x"], "weight": weight, "scale": scale, "n": n, "k": k}
+        arguments = {"x": good["x"], "weight": weight, "scale": scale, "n": n, "k": k, **MXFP4}
         with pytest.raises(error, match=message):
-            marlin_mxfp4_gemm(**{**arguments, **change})
+            marlin_tiles_gemm(**{**arguments, **change})
 
 
 def test_the_custom_ops_are_sound() -> None:
@@ -408,7 +355,9 @@ def test_the_custom_ops_are_sound() -> None:
     options = {"bits": 4, "n": n, "k": k, "group_size": 32}
     torch.library.opcheck(ops.marlin_gemm.default, (x, qweight, scales, qzeros, order), options)
     scale = torch.full((2, n), 127, dtype=torch.uint8)
-    torch.library.opcheck(ops.marlin_mxfp4_gemm.default, (x, qweight, scale), {"n": n, "k": k})
+    torch.library.opcheck(
+        ops.marlin_tiles_gemm.default, (x, qweight, scale), {"n": n, "k": k, **MXFP4}
+    )
     compiled = torch.compile(marlin_gemm, backend="aot_eager", fullgraph=True)
     shape = {"bits": 4, "n": n, "k": k, "group_size": 32}
     expected = marlin_gemm(x, qweight, scales, **shape)
@@ -456,10 +405,10 @@ def test_gpu_mxfp4(dtype: torch.dtype) -> None:
     n, k = 1088, 1056
     weight = random_words(k // 16, n * 2)
     scale = torch.randint(115, 130, (k // 32, n), dtype=torch.uint8, device="cuda")
-    dense = marlin_mxfp4_dequantize(weight, scale, n=n, k=k).double()
+    dense = tiles_dequantize(weight, scale, n=n, k=k, **MXFP4).double()
     for m in (1, 50, 300):
         x = torch.randn(m, k, device="cuda").to(dtype)
-        out = marlin_mxfp4_gemm(x, weight, scale, n=n, k=k)
+        out = marlin_tiles_gemm(x, weight, scale, n=n, k=k, **MXFP4)
         assert relative_error(out, x.double() @ dense.t()) < 4e-3
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from ctconvert.errors import UsageError
-from ctconvert.layouts import TARGETS
+from ctconvert.layouts import LAYOUTS, TARGETS, Layout
 from ctconvert.runtime import kernels
 from ctconvert.runtime.kernels.fake_quant.kernel import fake_quant_int8
 from ctconvert.runtime.kernels.gather.kernel import embedding_gather
+from ctconvert.runtime.kernels.marlin.grouped import marlin_grouped
 from ctconvert.runtime.kernels.marlin.kernel import marlin_gemm
-from ctconvert.runtime.kernels.marlin.mxfp4 import marlin_mxfp4_gemm
+from ctconvert.runtime.kernels.marlin.tiles import marlin_tiles_gemm
 from ctconvert.runtime.kernels.ops import Result, op
 from ctconvert.runtime.kernels.quantize.kernel import quantize_per_token, quantize_static
 from ctconvert.runtime.kernels.scaled_mm.kernel import scaled_mm
@@ -29,14 +30,23 @@ def test_a_kernel_is_of_a_layout_that_targets_prefer() -> None:
     found = [kernel.layout for kernel in kernels.KERNELS]
     assert len(found) == len(set(found))
     assert set(found) <= {name for names in TARGETS.values() for name in names}
-    assert set(found) >= {*TARGETS["triton"], *TARGETS["rocm"], *TARGETS["xpu"]}
+    assert set(found) >= {*TARGETS["triton"], *TARGETS["cuda"], *TARGETS["rocm"], *TARGETS["xpu"]}
+    assert set(found) >= {*TARGETS["cuda-sm80"], *TARGETS["cuda-sm90"], *TARGETS["cpu"]}
     for layout in found:
         assert kernels.get(layout).layout == layout
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_what_a_layout_says_of_its_kernel_is_so(layout: Layout) -> None:
+    kernel = kernels.find(layout.name)
+    assert (kernel is None) == layout.read_by.endswith("; none here")
+    plain = kernel is not None and kernel.plain
+    assert plain == layout.read_by.endswith("; plain torch here")
+
+
 def test_a_layout_without_a_kernel_is_no_pass() -> None:
-    with pytest.raises(UsageError, match="no kernel for layout machete here"):
-        kernels.get("machete")
+    with pytest.raises(UsageError, match="no kernel for layout nvfp4-cutlass here"):
+        kernels.get("nvfp4-cutlass")
 
 
 def test_importing_the_registry_is_light() -> None:
@@ -54,7 +64,8 @@ def test_importing_the_registry_is_light() -> None:
         (quantize_static, "quantize.triton:quantize_static"),
         (wna16_gemm, "wna16.triton:gemm"),
         (marlin_gemm, "marlin.triton:gemm"),
-        (marlin_mxfp4_gemm, "marlin.triton:mxfp4_gemm"),
+        (marlin_tiles_gemm, "marlin.triton:tiles_gemm"),
+        (marlin_grouped, "marlin.triton:grouped"),
         (scaled_mm, "scaled_mm.triton:scaled_mm"),
         (sparse24_mm, "sparse24.cutlass:sparse24_mm"),
         (int4_gemm_w4a8, "xpu.onednn:int4_gemm_w4a8"),

@@ -29,18 +29,20 @@ def converted_module(
     target: str,
     folder: Path,
     name: str = "model.down_proj",
+    **options: Any,
 ) -> Path:
     """The output for a checkpoint of one module, ``made`` being its tensors by local name."""
     tensors = {f"{name}.{local}": value for local, value in made.items()}
     source = write_checkpoint(folder / "in", tensors, config)
-    ctconvert.repack(source, folder / "out", target=target, device="cpu")
+    ctconvert.repack(source, folder / "out", target=target, device="cpu", **options)
     return folder / "out"
 
 
-def put_kernel(monkeypatch: pytest.MonkeyPatch, layout: str, run: Any) -> None:
-    """Makes ``run`` the kernel of a layout."""
+def put_kernel(monkeypatch: pytest.MonkeyPatch, layout: str, run: Any = None, **more: Any) -> None:
+    """Makes ``run`` the kernel of a layout, or changes more of its record."""
+    changes = more if run is None else {"run": run, **more}
     changed = tuple(
-        replace(kernel, run=run) if kernel.layout == layout else kernel
+        replace(kernel, **changes) if kernel.layout == layout else kernel
         for kernel in kernels.KERNELS
     )
     monkeypatch.setattr(kernels, "KERNELS", changed)

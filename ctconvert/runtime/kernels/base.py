@@ -55,6 +55,23 @@ def product_in_8_bits(spec: WeightSpec) -> str | None:
     return "int8" if spec.kind == "int" else "fp8"
 
 
+#: ``(bound, tensors, x [M, K], rows, offsets, bias [E, N])`` to [P, N]: stacked experts' tensors,
+#: and the rest as ``marlin_grouped`` takes it.
+Grouped = Callable[
+    [Binding, Tensors, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor
+]
+
+
+def always(spec: WeightSpec) -> bool:
+    """Whatever the layout takes."""
+    return True
+
+
+def never(spec: WeightSpec) -> Grouped | None:
+    """Experts run one by one."""
+    return None
+
+
 def nothing(bound: Binding, tensors: Tensors) -> dict[str, torch.Tensor]:
     return {}
 
@@ -75,7 +92,15 @@ class Kernel:
       weight; None for a look-up;
     - ``derived(bound, tensors)``: what it would otherwise compute from the weight on every call,
       handed to ``run`` among the tensors;
-    - ``result``: the dtype it computes results in, where that is not x's.
+    - ``result``: the dtype it computes results in, where that is not x's;
+    - ``takes(spec)``: whether it runs such weights of the layout;
+    - ``grouped(spec)``: what runs stacked experts of such weights in one launch, or None;
+    - ``unread``: tensors that only the way back to the source needs, by the end of their name;
+    - ``lost``: those of them that hold what the kernel's tensors have no room for; to the
+      reference they are 0, as to every kernel that reads the layout;
+    - ``dtype``: of the activations that the layout's tensors are made for, where there is one;
+    - ``plain``: it is only a path in plain torch, on any device: what it shows is that the layout's
+      tensors mean the weight, and nothing of the kernel that serves them.
     """
 
     layout: str
@@ -85,6 +110,12 @@ class Kernel:
     product: Callable[[WeightSpec], str | None] = product_in_bf16
     derived: Callable[[Binding, Tensors], dict[str, torch.Tensor]] = nothing
     result: torch.dtype | None = None
+    takes: Callable[[WeightSpec], bool] = always
+    grouped: Callable[[WeightSpec], Grouped | None] = never
+    unread: tuple[str, ...] = ("_source", "_lost")
+    lost: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
+    plain: bool = False
 
 
 def like(bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:

@@ -1,1 +1,1 @@
-"""Matmul on Marlin tiles: ``marlin`` and ``marlin-mxfp4``."""
+"""Matmul on Marlin tiles: Marlin's own layouts and Humming's."""

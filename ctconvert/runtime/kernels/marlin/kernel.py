@@ -1,4 +1,4 @@
-"""Matmul on Marlin tiles: int4 and int8 weights (``marlin``) and MXFP4 (``marlin-mxfp4``).
+"""Matmul on Marlin tiles: int4 and int8 weights; other forms of them are in ``tiles.py``.
 
 Before, what the checkpoint holds (N = output features, K = input features, G = group size,
 b = bits, f = 32/b):
@@ -6,13 +6,12 @@ b = bits, f = 32/b):
     qweight  i32 [K/16, N*16/f]   codes of 16 x 64 tiles in the order of the tensor cores' operand
     scales   [K/G, N]             permuted along N by 64 (grouped) or by 32 (one row: channel-wise)
     qzeros   i32 [K/G, N/f]       asymmetric only: permuted by 64, interleaved, packed along N
-    MXFP4:   weight i32 [K/16, N*2] and scale u8 (E8M0) [K/32, N]
 
 After: out[m, n] = sum over k of x[m, k] * (code[n, k] - zero[n, k // G]) * scale[n, k // G].
 
 The layout is vLLM's: ``gptq_marlin_repack`` for the weight, ``marlin_permute_scales``,
-``marlin_zero_points`` and ``prepare_fp4_layer_for_marlin`` in
-``vllm/model_executor/layers/quantization/utils/marlin_utils.py`` (and ``_fp4.py``) for the rest.
+``marlin_zero_points`` and, for the other forms, ``prepare_*_layer_for_marlin`` in
+``vllm/model_executor/layers/quantization/utils/marlin_utils.py`` (and ``_fp4.py``, ``_fp8.py``).
 The reference builds the permutations from those definitions and undoes them by indexing; the Triton
 kernels undo them in the addresses they load from.
 """
@@ -21,26 +20,9 @@ from __future__ import annotations
 
 import torch
 
-from ctconvert.runtime import activations
-from ctconvert.runtime.kernels.base import Binding, Kernel, Tensors, fake_quantised, padded
-from ctconvert.runtime.kernels.marlin.reference import group_rows, marlin_gemm_reference
-from ctconvert.runtime.kernels.ops import Result, check_last, check_tensor, op
-
-_SCALES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def check_size(n: int, k: int) -> None:
-    if n <= 0 or n % 64:
-        raise ValueError(f"n must be a positive multiple of 64 (a tile's columns), got {n}")
-    if k <= 0 or k % 16:
-        raise ValueError(f"k must be a positive multiple of 16 (a tile's rows), got {k}")
-
-
-def check_activations(x: torch.Tensor, bias: torch.Tensor | None, n: int, k: int) -> None:
-    check_tensor("x", x, dtypes=(torch.float16, torch.bfloat16))
-    check_last("x", x, k)
-    if bias is not None:
-        check_tensor("bias", bias, dtypes=(x.dtype,), shape=(n,), device=x.device)
+from ctconvert.runtime.kernels.marlin.checks import check_activations, check_weight
+from ctconvert.runtime.kernels.marlin.reference import marlin_gemm_reference
+from ctconvert.runtime.kernels.ops import Result, check_tensor, op
 
 
 @op(marlin_gemm_reference, "ctconvert.runtime.kernels.marlin.triton:gemm")
@@ -90,50 +72,15 @@ def marlin_gemm(
     """
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits}")
-    check_size(n, k)
-    rows = group_rows(group_size, k)
-    if rows <= 0 or rows % 16 or k % rows:
-        raise ValueError(
-            f"group_size must be -1 (channel-wise) or a multiple of 16 that divides k = {k}, "
-            f"got {group_size}"
-        )
+    names = ("qweight", "scales", "qzeros", "")
+    check_weight(x.device, (), qweight, scales, qzeros, None, f"int{bits}", n, k, group_size, names)
     check_activations(x, bias, n, k)
-    int32 = (torch.int32,)
-    shape = (k // 16, n * bits // 2)
-    check_tensor("qweight", qweight, dtypes=int32, shape=shape, device=x.device)
-    check_tensor("scales", scales, dtypes=_SCALES, shape=(k // rows, n), device=x.device)
-    if qzeros is not None:
-        shape = (k // rows, n * bits // 32)
-        check_tensor("qzeros", qzeros, dtypes=int32, shape=shape, device=x.device)
     if g_idx_sort_indices is not None:
         check_tensor(
-            "g_idx_sort_indices", g_idx_sort_indices, dtypes=int32, shape=(k,), device=x.device
+            "g_idx_sort_indices",
+            g_idx_sort_indices,
+            dtypes=(torch.int32,),
+            shape=(k,),
+            device=x.device,
         )
     return Result((*x.shape[:-1], n), x.dtype)
-
-
-def _run(
-    bound: Binding, tensors: Tensors, x: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    n, k = bound.padded
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        wide, wide_bias = padded(bound, x, bias)
-        out = marlin_gemm(
-            wide,
-            tensors["qweight"],
-            tensors["scales"],
-            tensors.get("qzeros"),
-            tensors.get("g_idx_sort_indices"),
-            wide_bias,
-            bits=bound.spec.bits,
-            n=n,
-            k=k,
-            group_size=bound.spec.group_size or k,
-        )
-        return out[..., : bound.spec.n]
-
-    return fake_quantised(call, tensors, x)
-
-
-MARLIN = Kernel("marlin", _run, 1e-2, activations.fake_quantised)

@@ -9,6 +9,8 @@ import functools
 
 import torch
 
+from ctconvert.runtime.kernels.marlin.forms import FORMS
+
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -37,6 +39,9 @@ def _scale_order(grouped: bool) -> list[int]:
     if grouped:
         return [i + 8 * j for i in range(8) for j in range(8)]
     return [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
+
+
+_GROUPED = _scale_order(True)
 
 
 def _unpermute(t: torch.Tensor, order: list[int]) -> torch.Tensor:
@@ -82,29 +87,83 @@ def marlin_dequantize(
 
     With act-order the columns are in the order of the sorted groups, as they are stored.
     """
-    rows = group_rows(group_size, k)
-    codes = _codes(qweight, bits, n, k)
-    scale = _unpermute(scales.float(), _scale_order(scales.shape[0] > 1))
-    if qzeros is None:
-        values = (codes - (1 << (bits - 1))).float()
-    else:
-        # Zero points take the permutation of grouped scales even where there is one row.
-        run = _interleave(bits)
-        zeros = _unpermute(_unpermute(_unpack(qzeros, bits), run), _scale_order(True))
-        values = (codes - zeros.repeat_interleave(rows, dim=0)).float()
-    return (values * scale.repeat_interleave(rows, dim=0)).t().contiguous()
+    return tiles_dequantize(
+        qweight, scales, qzeros, form=f"int{bits}", n=n, k=k, group_size=group_size
+    )
 
 
-def marlin_mxfp4_dequantize(
-    weight: torch.Tensor, scale: torch.Tensor, *, n: int, k: int
+def _zeros(words: torch.Tensor, bits: int, interleaved: bool) -> torch.Tensor:
+    """Codes i32 [groups, N] of zero points, in the grouped order even where there is one row."""
+    codes = _unpack(words, bits)
+    return _unpermute(_unpermute(codes, _interleave(bits)) if interleaved else codes, _GROUPED)
+
+
+def _byte_floats(bits: int, mantissa: int, bias: int) -> list[float]:
+    """Values of every code of a small float without sign, infinities or NaN."""
+    found = []
+    for code in range(1 << bits):
+        exponent, fraction = divmod(code, 1 << mantissa)
+        significand = fraction / (1 << mantissa) + (exponent > 0)
+        found.append(significand * 2.0 ** (max(exponent, 1) - bias))
+    return found
+
+
+def _e4m3(codes: torch.Tensor) -> torch.Tensor:
+    """FP8 bytes in float32; 127 and 255, which are NaN, as the 480 that their bits amount to."""
+    values = _byte_floats(7, 3, 7)
+    return torch.tensor([*values, *(-v for v in values)], device=codes.device)[codes.long()]
+
+
+def _float_scales(scale: torch.Tensor, kind: str) -> torch.Tensor:
+    """Scales float32 [K/G, N] in the order of the columns."""
+    if kind == "float":
+        return _unpermute(scale.float(), _scale_order(scale.shape[0] > 1))
+    raw = scale.view(torch.uint8)
+    if kind != "e4m3":
+        raw = _unpermute(raw, [0, 2, 1, 3])
+    raw = _unpermute(raw, _GROUPED)
+    if kind == "e4m3":
+        return _e4m3(raw)
+    if kind == "e5m3":
+        return torch.tensor(_byte_floats(8, 3, 22), device=raw.device)[raw.long()]
+    factor = torch.ldexp(torch.ones_like(raw, dtype=torch.float32), raw.int() - 127)
+    return torch.where(raw == 255, torch.nan, factor)
+
+
+def tiles_dequantize(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
+    *,
+    form: str,
+    n: int,
+    k: int,
+    group_size: int,
 ) -> torch.Tensor:
-    """The MXFP4 weight of Marlin tiles, float32 [N, K]; see :func:`marlin_mxfp4_gemm`."""
-    values = torch.tensor(_E2M1, device=weight.device)[_codes(weight, 4, n, k).long()]
-    scale = scale.view(torch.uint8)
-    exponent = _unpermute(_unpermute(scale, [0, 2, 1, 3]), _scale_order(True))
-    factor = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.int() - 127)
-    factor = torch.where(exponent == 255, torch.nan, factor)
-    return (values * factor.repeat_interleave(32, dim=0)).t().contiguous()
+    """The weight of Marlin tiles, float32 [N, K]; see :func:`marlin_tiles_gemm`."""
+    found = FORMS[form]
+    rows = group_rows(group_size, k)
+    codes = _codes(weight, found.bits, n, k)
+    if found.codes == "e2m1":
+        values = torch.tensor(_E2M1, device=weight.device)[codes.long()]
+    elif found.codes == "e4m3":
+        values = _e4m3(codes)
+    elif found.codes == "magnitude8":
+        values = torch.where(codes < 128, codes, 127 - codes).float()
+    elif zeros is None:
+        values = (codes - (1 << (found.bits - 1))).float()
+    else:
+        shifts = _zeros(zeros, found.bits, found.zeros == "interleaved")
+        values = (codes - shifts.repeat_interleave(rows, dim=0)).float()
+    scales = _float_scales(scale, found.scales)
+    held = {torch.float16: found.powers[0], torch.bfloat16: found.powers[1]}.get(scale.dtype, 0)
+    values = values * (scales * 2.0**-held).repeat_interleave(rows, dim=0)
+    if factor is not None:
+        assert found.power is not None
+        # In float64: a factor that bfloat16's exponents are taken out of may be subnormal.
+        values = (values.double() * factor.double() * 2.0**found.power).float()
+    return values.t().contiguous()
 
 
 def _matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -134,14 +193,49 @@ def marlin_gemm_reference(
     return _matmul(x, weight, bias)
 
 
-def marlin_mxfp4_gemm_reference(
+def marlin_tiles_gemm_reference(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     *,
+    form: str,
     n: int,
     k: int,
+    group_size: int,
 ) -> torch.Tensor:
-    """:func:`marlin_mxfp4_gemm` in plain torch, through the float32 weight."""
-    return _matmul(x, marlin_mxfp4_dequantize(weight, scale, n=n, k=k), bias)
+    """:func:`marlin_tiles_gemm` in plain torch, through the float32 weight."""
+    dense = tiles_dequantize(
+        weight, scale, zeros, factor, form=form, n=n, k=k, group_size=group_size
+    )
+    return _matmul(x, dense, bias)
+
+
+def marlin_grouped_reference(
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    offsets: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    form: str,
+    n: int,
+    k: int,
+    group_size: int,
+) -> torch.Tensor:
+    """:func:`marlin_grouped` in plain torch, expert by expert."""
+    out = x.new_empty((len(rows), n))
+    for expert, (start, end) in enumerate(torch.stack((offsets[:-1], offsets[1:]), 1).tolist()):
+        if start == end:
+            continue
+        shift, times, plus = (None if t is None else t[expert] for t in (zeros, factor, bias))
+        dense = tiles_dequantize(
+            weight[expert], scale[expert], shift, times, form=form, n=n, k=k, group_size=group_size
+        )
+        out[start:end] = _matmul(x[rows[start:end].long()], dense, plus)
+    return out

@@ -24,7 +24,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 
-from ctconvert.errors import UsageError
 from ctconvert.runtime import activations
 from ctconvert.runtime.kernels.base import Binding, Kernel, Tensors, like, product_in_8_bits
 from ctconvert.runtime.kernels.ops import Result, check_last, check_tensor, op
@@ -225,14 +224,15 @@ def _plain(weight: torch.Tensor, scale: torch.Tensor, spec: WeightSpec) -> torch
 
 
 def _derived(bound: Binding, tensors: Tensors) -> dict[str, torch.Tensor]:
-    if "azp_adj" in tensors:
-        raise UsageError(
-            f"there is no kernel for {bound.spec.activations} here: a serving engine runs it, and "
-            "`ctconvert verify --against MODEL` proves it"
-        )
     if "input_zero_point" not in tensors:
         return {}
     return {"weight_sum": tensors["weight"].sum(1, dtype=torch.int32)}
+
+
+def _takes(spec: WeightSpec) -> bool:
+    """No kernel here makes a zero point for every token."""
+    dynamic = spec.input_type is not None and "input_scale" not in dict(spec.side)
+    return spec.input_symmetric or not dynamic
 
 
 SCALED_MM = Kernel(
@@ -242,4 +242,5 @@ SCALED_MM = Kernel(
     activations.eight_bit,
     product=product_in_8_bits,
     derived=_derived,
+    takes=_takes,
 )
