@@ -43,6 +43,8 @@ from ctconvert.records import (
     schema,
     to_json,
 )
+from ctconvert.records.manifest import _wrong_module as wrong_module
+from ctconvert.specs import TensorSpec
 from ctconvert.store.checkpoint import MANIFEST
 from ctconvert.store.local import LocalStore
 from ctconvert.work.verify import verify_output
@@ -379,6 +381,28 @@ def test_a_shape_that_is_not_its_weight_s(manifest: dict[str, Any]) -> None:
     place = (*converted(manifest), "sources", 0, "values", "weight_shape")
     value = b"".join(number.to_bytes(8, "little") for number in (64, 64)).hex()
     assert "weight_shape is [64, 64]" in refused(signed(with_place(manifest, place, value)))
+
+
+@pytest.mark.parametrize(
+    ("field", "what"), [("name", "x"), ("spec", {"dtype": "F32", "shape": [64, 0]})]
+)
+def test_a_copy_that_is_none(manifest: dict[str, Any], field: str, what: Any) -> None:
+    items = manifest["plan"]["items"]
+    (index, *_) = [index for index, item in enumerate(items) if item["type"] == "copy"]
+    changed = with_place(manifest, ("plan", "items", index, "source", field), what)
+    assert "is a copy of another" in refused(signed(changed))
+
+
+def test_a_bias_that_is_not_its_sources(plans: dict[str, Plan], manifest: dict[str, Any]) -> None:
+    (module, *_) = [module for module in plans["alone"].modules if module.beside]
+    (source,) = module.sources
+    bias = source.beside["bias"]
+    for spec in (TensorSpec("F16", bias.spec.shape), TensorSpec("BF16", (3,))):
+        wrong = msgspec.structs.replace(bias, spec=spec)
+        wrong = msgspec.structs.replace(source, beside={"bias": wrong})
+        wrong = msgspec.structs.replace(module, sources=(wrong,))
+        assert wrong_module(wrong) == f"its bias, {bias.spec}, is not that of its sources"
+    assert wrong_module(module) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "null", "[" * 100_000, "{} {}"])

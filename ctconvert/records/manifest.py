@@ -18,7 +18,7 @@ from ctconvert.records.sources import wrong_source, wrong_units
 from ctconvert.specs import Size, WeightSpec
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import MANIFEST
-from ctconvert.store.safetensors import build_header
+from ctconvert.store.safetensors import build_header, total_bytes
 
 FORMAT_VERSION: Literal[2] = 2
 _BLANK = "0" * 64
@@ -154,6 +154,9 @@ def _contradiction(manifest: Manifest) -> str | None:
         if not _is_object(text):
             return f"{name} is no JSON object"
     modules: list[Convert] = []
+    for copy in plan.copies:
+        if (copy.source.name, copy.source.spec) != (copy.output.name, copy.output.spec):
+            return f"tensor {copy.output.name} is a copy of another, {copy.source.spec}"
     for item in plan.items:
         if isinstance(item, Convert | Restore):
             modules += item.modules if isinstance(item, Restore) else (item,)
@@ -227,6 +230,11 @@ def _wrong_module(module: Convert) -> str | None:
             return f"the tensors of {source.name} have no {source.experts} experts"
         if wrong := wrong_source(source):
             return f"{source.name}: {wrong}"
+    for local, joined in module.beside.items():
+        parts = [source.beside[local] for source in module.sources]
+        alike = {part.spec.dtype for part in parts} == {joined.spec.dtype}
+        if not alike or total_bytes(parts) != joined.nbytes:
+            return f"its {local}, {joined.spec}, is not that of its sources"
     for entry in module.made:
         if not entry.name.startswith(module.prefix):
             return f"tensor {entry.name} is not its own"

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.executors import Inline
+from support.folders import quick_folder
 from support.stores import MemoryStore
 
 import ctconvert
@@ -282,8 +283,14 @@ def test_manifest(data: st.DataObject, converted: dict[str, dict[str, bytes]]) -
         files[MANIFEST] = signed(data.draw(mutated(json.loads(files[MANIFEST]))))
     with only_our_errors():
         output = Output(MemoryStore(files))
-        to_json(restore_plan(output.manifest, "out", 1 << 20))
         verify_output(output, Inline(), Silent())
+    with only_our_errors():
+        output = Output(MemoryStore(files))
+        with quick_folder() as folder:
+            plan = restore_plan(output.manifest, "out", 1 << 20)
+            build(plan, output.store, folder / "back", Settings(Inline(), Silent()))
+    with only_our_errors():
+        output = Output(MemoryStore(files))
         verify_against(output, Checkpoint(MemoryStore(SOURCES[name])), Inline(), Silent())
 
 
