@@ -46,12 +46,18 @@ def targets_table() -> str:
 WRITTEN = {"layouts": layouts_table, "targets": targets_table}
 
 
+def put(text: str, name: str, part: str) -> str:
+    """A README's text with one of its written parts replaced."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    text, count = pattern.subn(lambda found: found[1] + part + found[2], text)
+    assert count == 1, name
+    return text
+
+
 def written(text: str) -> str:
     """A README's text with its written parts as they should be."""
     for name, make in WRITTEN.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        text, count = pattern.subn(lambda found, make=make: found[1] + make() + found[2], text)
-        assert count == 1, name
+        text = put(text, name, make())
     return text
 
 

@@ -22,11 +22,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from ctconvert.layouts.base import Layout
-from ctconvert.layouts.nvfp4_cutlass import ALIGNED
 from ctconvert.specs import Dtype, Family, QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
     import torch
+
+
+#: Of which N must be a multiple.
+ALIGNED = 32
 
 
 class _MXSwizzled(Layout):

@@ -292,10 +292,15 @@ class Chooser:
                 f"no layout of target {self.options.target} is for {what} such as this "
                 f"({weight.label})"
             ]
-        elsewhere = [item.name for item in layouts.LAYOUTS if item.supports(weight)]
+        text = "; ".join(reasons or others)
+        elsewhere = [
+            layout.name
+            for layout in layouts.LAYOUTS
+            if layout.name not in names and layout.supports(weight)
+        ]
         if preferred and elsewhere:
-            reasons.append(f"layouts of other targets that take it: {', '.join(elsewhere)}")
-        return "; ".join(reasons or others)
+            text += f"; layouts of other targets that take it: {', '.join(elsewhere)}"
+        return text
 
 
 def _stack_of(spec: TensorSpec, candidate: Candidate) -> TensorSpec:

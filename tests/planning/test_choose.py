@@ -277,6 +277,15 @@ def test_the_dtype_of_the_activations(
     assert [item.recipe.layout for item in make_plan(found, named).modules] == ["marlin-nvfp4-f16"]
 
 
+def test_a_refusal_names_no_layout_of_the_target_itself() -> None:
+    """Not those that it prefers for other activations."""
+    group = group_config(weight_args(4, 32))
+    made = quantised(64, 96, group, 1, torch.float32)
+    reason = chosen(group, made, "cpu")
+    assert reason.startswith("cpu-w4a16: F32 scales")
+    assert reason.split("that take it: ")[1].split(", ") == ["triton-wna16", "xpu-w4a16"]
+
+
 def test_no_note_where_nothing_depends_on_the_dtype() -> None:
     plan = planned(module("a.down_proj", quantised(64, 96, W4, 1)), config_of(W4), "cuda")
     assert plan.options.dtype == "bfloat16" and plan.notes == ()
