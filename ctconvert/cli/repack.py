@@ -18,7 +18,7 @@ from ctconvert.cli.options import (
     parse_size,
 )
 from ctconvert.cli.sink import Sink
-from ctconvert.cli.text import collapse, size
+from ctconvert.cli.text import collapse, shape_text, size
 
 if TYPE_CHECKING:
     from ctconvert.planning.outline import Outline
@@ -125,7 +125,7 @@ def _print_outline(sink: Sink, plan: Outline) -> None:
                 module.format,
                 module.weights,
                 module.layout,
-                "x".join(map(str, module.shape)),
+                shape_text(module.shape, module.experts),
                 size(module.bytes),
             ),
         )
