@@ -9,7 +9,7 @@ import typer
 from ctconvert.cli.failures import failures
 from ctconvert.cli.options import Dtype, Json, Model
 from ctconvert.cli.sink import Sink
-from ctconvert.cli.text import collapse, size
+from ctconvert.cli.text import collapse, shape_text, size
 
 if TYPE_CHECKING:
     from ctconvert.planning.inspection import InspectedModule, Inspection
@@ -51,9 +51,7 @@ def _print(sink: Sink, found: Inspection) -> None:
 
 
 def _cells(module: InspectedModule, target: str | None) -> tuple[str, ...]:
-    shape = "x".join(map(str, module.shape)) if module.shape else "?"
-    if module.experts:
-        shape = f"{module.experts} x {shape}"
+    shape = shape_text(module.shape, module.experts)
     if target is not None:
         made = module.layout or f"none: {module.refused}"
         return module.format, module.weights, shape, made

@@ -19,7 +19,7 @@ from ctconvert.cli.options import (
     parse_size,
 )
 from ctconvert.cli.sink import Sink
-from ctconvert.cli.text import collapse, size
+from ctconvert.cli.text import collapse, shape_text, size
 from ctconvert.layouts import TARGETS
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _print_outline(sink: Sink, plan: Outline) -> None:
                 module.format,
                 module.weights,
                 module.layout,
-                "x".join(map(str, module.shape)),
+                shape_text(module.shape, module.experts),
                 size(module.bytes),
             ),
         )

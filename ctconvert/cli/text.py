@@ -110,3 +110,9 @@ def _fold(text: str, limit: int) -> Iterator[str]:
         piece += character
         used += wide
     yield piece
+
+
+def shape_text(shape: tuple[int, int] | None, experts: int | None) -> str:
+    """``NxK``, and how many of them where experts are stacked."""
+    text = "x".join(map(str, shape)) if shape else "?"
+    return f"{experts} x {text}" if experts else text

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ctconvert.assembly import Concat, Part, Stack, can_join
 from ctconvert.planning.assemble import Candidate
 from ctconvert.planning.describe import Description, Module
 from ctconvert.records import SourceModule
 from ctconvert.specs import TensorSpec
+
+T = TypeVar("T")
 
 #: The projections of one expert, in the order gate, up, down, under either set of names.
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -19,10 +22,9 @@ _EXPERT = re.compile(r"(.*\.)?experts\.(0|[1-9][0-9]{0,5})\.(\w+)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """The experts of one block, stacked: ``parts`` are the names of all their modules."""
+    """The experts of one block, stacked."""
 
     name: str
-    parts: tuple[str, ...]
     up: Candidate
     down: Candidate
 
@@ -32,9 +34,9 @@ def stack_names(modules: Mapping[str, Module]) -> set[str]:
     return {f"{name}.{stack}" for name in _blocks(modules) for stack in ("w13", "w2")}
 
 
-def _blocks(modules: Mapping[str, Module]) -> dict[str, dict[str, dict[int, Module]]]:
+def _blocks(modules: Mapping[str, T]) -> dict[str, dict[str, dict[int, T]]]:
     """The modules of experts, by block, projection and number."""
-    found: dict[str, dict[str, dict[int, Module]]] = {}
+    found: dict[str, dict[str, dict[int, T]]] = {}
     for name, module in modules.items():
         match = _EXPERT.fullmatch(name)
         if match and any(match[3] in names for names in _NAMES):
@@ -49,9 +51,16 @@ def stacks(description: Description, notes: list[str]) -> tuple[list[Block], set
     Why others cannot is told in ``notes``, one a block; those stay apart.
     """
     made, names = [], set[str]()
+    dense = _blocks(
+        {
+            name.removesuffix(".weight"): name
+            for name in description.plain
+            if name.endswith(".weight")
+        }
+    )
     for name, block in _blocks(description.modules).items():
         names |= {module.name for found in block.values() for module in found.values()}
-        found = _stacked(description, name, block)
+        found = _stacked(name, block, dense.get(name, {}))
         if isinstance(found, Block):
             made.append(found)
         else:
@@ -65,17 +74,16 @@ def not_stacked(block: str, reason: str) -> str:
 
 
 def _stacked(
-    description: Description, name: str, block: Mapping[str, Mapping[int, Module]]
+    name: str,
+    block: Mapping[str, Mapping[int, Module]],
+    dense: Mapping[str, Mapping[int, str]],
 ) -> Block | str:
-    """A block's stacks, or why there are none."""
+    """A block's stacks, or why there are none; ``dense`` are those that are not quantised."""
     names = next((names for names in _NAMES if block.keys() <= set(names)), None)
     if names is None:
         return f"they are named in two ways ({', '.join(sorted(block))})"
-    count = len(set().union(*block.values()))
-    gated = names[0] in block or any(
-        f"{name}.{number}.{names[0]}.weight" in description.plain for number in range(count)
-    )
-    wanted = names if gated else names[1:]
+    count = len(set().union(*block.values(), *dense.values()))
+    wanted = names if names[0] in {*block, *dense} else names[1:]
     experts: list[list[SourceModule]] = []
     for number in range(count):
         sources = []
@@ -83,8 +91,8 @@ def _stacked(
             module = block.get(leaf, {}).get(number)
             full = f"{name}.{number}.{leaf}"
             if module is None:
-                dense = f"{full}.weight" in description.plain
-                return f"{full} is {'not quantised' if dense else 'missing'}"
+                plain = number in dense.get(leaf, {})
+                return f"{full} is {'not quantised' if plain else 'missing'}"
             if module.reason or module.source is None:
                 return f"{full} has no layout: {module.reason}"
             sources.append(module.source)
@@ -101,7 +109,6 @@ def _stacked(
     down = Stack(tuple(Part(number) for number in range(count)))
     return Block(
         name,
-        tuple(source.name for source in (*ups, *downs)),
         Candidate(f"{name}.w13", ups, up, "_"),
         Candidate(f"{name}.w2", downs, down, "_"),
     )

@@ -22,6 +22,7 @@ from support.builders import (
     weight_args,
     write_checkpoint,
 )
+from support.cli import run
 from support.naive import GOLDEN, codes_of, marlin_scales, marlin_tiles, padded, words_of
 from support.reference import load_tensors
 from support.roundtrip import check_restored, convert_and_back
@@ -327,3 +328,10 @@ def test_the_manifest_says_what_is_what(tmp_path: Path) -> None:
     back = tmp_path / "back"
     ctconvert.restore(tmp_path / "out", back, device="cpu")
     check_restored(source, back)
+
+
+def test_a_dry_run_says_how_many(tmp_path: Path) -> None:
+    source = write(tmp_path / "model", "int4 group")
+    ended = run("repack", source, tmp_path / "out", "--target", "cuda", "--fuse", "--dry-run")
+    assert ended.code == 0
+    assert "3 x 256x256" in ended.stdout and f"{BLOCK}.w13 " in ended.stdout

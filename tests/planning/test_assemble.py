@@ -188,3 +188,28 @@ def test_stacked_experts_with_biases_stay_apart() -> None:
     plan = fused(tensors)
     assert len(plan.modules) == 2
     assert any("not fused" in note and "bias" in note for note in plan.notes)
+
+
+def test_nvfp4_parts_are_joined_under_one_global_scale_alone() -> None:
+    from support.block_floats import nvfp4, nvfp4_group
+
+    made = {leaf: nvfp4(64, 96, seed) for seed, leaf in enumerate(("q_proj", "k_proj", "v_proj"))}
+    for one in made.values():
+        for local in ("weight_global_scale", "input_global_scale"):
+            one[local] = made["q_proj"][local].clone()
+    overrides = (("*", "marlin-nvfp4"),)
+
+    def plan() -> Plan:
+        tensors = {}
+        for leaf, one in made.items():
+            tensors |= module(f"m.self_attn.{leaf}", one)
+        config = config_of(nvfp4_group())
+        return planned(tensors, config, "cuda", fuse=True, overrides=overrides)
+
+    assert names(plan()) == {"m.self_attn.qkv_proj"}
+    made["v_proj"]["weight_global_scale"] *= 2
+    apart = plan()
+    assert len(apart.modules) == 3
+    assert apart.notes == (
+        "m.self_attn.qkv_proj is not fused: its parts have different weight_global_scale values",
+    )

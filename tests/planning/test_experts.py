@@ -159,6 +159,16 @@ def test_a_projection_that_is_not_quantised(leaf: str) -> None:
     apart(tensors, f"{dense[0]} is not quantised", config=config_of(W4, ignore=dense))
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_an_expert_that_is_not_quantised(number: int) -> None:
+    """The last one, too: without it the others would look like all there are."""
+    tensors = expert_modules(BLOCK, W4, (128, 256), 4)
+    tensors = {key: t for key, t in tensors.items() if f".experts.{number}." not in key}
+    dense = [name(number, leaf) for leaf in (GATE, UP, DOWN)]
+    tensors |= {f"{each}.weight": torch.randn(128, 256) for each in dense}
+    apart(tensors, f"{dense[0]} is not quantised", config=config_of(W4, ignore=dense))
+
+
 @pytest.mark.parametrize(
     ("number", "leaf", "first"), [(1, UP, (1, UP)), (2, DOWN, (0, DOWN)), (0, DOWN, (0, GATE))]
 )
