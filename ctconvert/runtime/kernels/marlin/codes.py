@@ -52,15 +52,16 @@ def _int_values(words, SHIFT: tl.constexpr, BITS: tl.constexpr, scale, zero):
 @triton.jit
 def _e2m1_bits(words, SHIFT: tl.constexpr):
     """The 4-bit floats at SHIFT, 2**126 too small."""
-    top = words << (28 - SHIFT)
-    return ((top & 0x80000000) | ((top >> 6) & 0x01C00000)).to(tl.float32, bitcast=True)
+    top = (words << (28 - SHIFT)).to(tl.int32, bitcast=True)
+    # The sign stays at the top as the rest moves down: one mask keeps both.
+    return ((top >> 6) & -0x7E400000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _e4m3_bits(words, SHIFT: tl.constexpr):
     """The FP8 floats at SHIFT, 2**120 too small."""
-    top = words << (24 - SHIFT)
-    return ((top & 0x80000000) | ((top >> 4) & 0x07F00000)).to(tl.float32, bitcast=True)
+    top = (words << (24 - SHIFT)).to(tl.int32, bitcast=True)
+    return ((top >> 4) & -0x78100000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

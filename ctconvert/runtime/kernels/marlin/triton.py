@@ -395,8 +395,10 @@ def _choose(
     """Tile and splits for [m, k] x [n, k], measured on an H200 (tests/bench/bench_marlin_mm.py)."""
     rows = m if experts is None else triton.cdiv(m, experts)
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+    if experts is not None:  # with what finds the expert, more sums do not fit in registers
+        block_m = min(block_m, 64)
     config = Config(block_m, 128, 8, 4, 3, 1)
-    if bits == 8 and rows > 64:
+    if bits == 8 and block_m > 64:
         # An int8 tile has twice the rows of words: with fewer warps its sums do not fit in
         # registers.
         config = Config(128, 128, 8, 8, 3, 1)
