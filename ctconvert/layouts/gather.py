@@ -1,19 +1,21 @@
 """``gather``: quantised embedding tables, dequantised on look-up.
 
-Before (logical weight, V rows x H columns, 2 to 8 bits)::
+Before (logical weight, V rows x H columns, 2 to 8 bits or FP8)::
 
     codes       i32 [V, words]      packed along H, dense or padded as in the source
+                f8_e4m3 [V, H]      FP8, channel-wise or per tensor
     scale       [V, H/G] or [V, 1]
     zero_point  u8 [V, groups]      asymmetric
 
 After::
 
     weight_packed      i32 [V, words]  the same words, in the source's packing
+    weight             f8_e4m3 [V, H]  the same bytes   FP8
     weight_scale       [V, groups]     in the source's dtype
     weight_zero_point  u8 [V, groups]  unsigned codes   asymmetric
 
 The spec's ``packing`` says which of the two packings 3, 5, 6 and 7 bits have. The layout of
-vLLM's embedding gather kernel for compressed-tensors.
+vLLM's embedding gather kernel for compressed-tensors, which takes no FP8.
 """
 
 from __future__ import annotations
@@ -29,17 +31,24 @@ if TYPE_CHECKING:
     import torch
 
 
+def _fp8(spec: WeightSpec) -> bool:
+    return spec.family == "other" and spec.element == "F8_E4M3"
+
+
 class Gather(Layout):
     name = "gather"
-    takes = "embedding tables, INT of 2 to 8 bits, grouped or channel-wise"
-    writes = "weight_packed, weight_scale, weight_zero_point"
+    takes = "embedding tables, INT of 2 to 8 bits, grouped or channel-wise; FP8, channel-wise"
+    writes = "weight_packed or weight, weight_scale, weight_zero_point"
     read_by = "embedding gather kernels"
 
     def supports(self, spec: WeightSpec) -> Support:
         if not spec.embedding:
             return Support("it is no embedding table", other_kind=True)
-        if spec.family != "embedding" or not 2 <= spec.bits <= 8:
-            return Support(f"{spec.label} codes; it takes INT of 2 to 8 bits")
+        if _fp8(spec):
+            if spec.strategy != "channel":
+                return Support(f"scale strategy {spec.strategy} of FP8; it takes channel-wise")
+        elif spec.family != "embedding" or not 2 <= spec.bits <= 8:
+            return Support(f"{spec.label} codes; it takes INT of 2 to 8 bits and FP8")
         if spec.strategy not in ("channel", "group"):
             return Support(f"scale strategy {spec.strategy} is not channel-wise or grouped")
         if spec.has_g_idx:
@@ -51,11 +60,11 @@ class Gather(Layout):
     def output_specs(self, spec: WeightSpec) -> dict[str, TensorSpec]:
         assert spec.scale_dtype is not None
         assert spec.scale_shape is not None
+        scale = TensorSpec(spec.scale_dtype, spec.scale_shape)
+        if _fp8(spec):
+            return {"weight": TensorSpec(spec.element, (spec.n, spec.k)), "weight_scale": scale}
         words = row_words(spec.k, spec.bits, spec.packing)
-        specs = {
-            "weight_packed": TensorSpec("I32", (spec.n, words)),
-            "weight_scale": TensorSpec(spec.scale_dtype, spec.scale_shape),
-        }
+        specs = {"weight_packed": TensorSpec("I32", (spec.n, words)), "weight_scale": scale}
         if not spec.symmetric:
             specs["weight_zero_point"] = TensorSpec("U8", spec.scale_shape)
         return specs
@@ -68,6 +77,8 @@ class Gather(Layout):
         spec = weight.spec
         assert weight.scale is not None
         codes = weight.codes
+        if _fp8(spec):
+            return {"weight": codes, "weight_scale": weight.scale}
         if spec.storage == "plain":
             offset = 1 << (spec.bits - 1)
             codes = pack((codes.view(torch.uint8) + offset).bitwise_and_(2 * offset - 1), spec.bits)
@@ -81,6 +92,8 @@ class Gather(Layout):
 
         from ctconvert.transforms.packed import unpack
 
+        if _fp8(spec):
+            return QuantizedWeight(spec, codes=tensors["weight"], scale=tensors["weight_scale"])
         codes = tensors["weight_packed"]
         if spec.storage == "plain":
             offset = 1 << (spec.bits - 1)

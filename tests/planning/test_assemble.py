@@ -204,7 +204,8 @@ def test_nvfp4_parts_are_joined_under_one_global_scale_alone() -> None:
         for leaf, one in made.items():
             tensors |= module(f"m.self_attn.{leaf}", one)
         config = config_of(nvfp4_group())
-        return planned(tensors, config, "cuda", fuse=True, overrides=overrides)
+        options = {"overrides": overrides, "dtype": "bfloat16"}
+        return planned(tensors, config, "cuda", fuse=True, **options)
 
     assert names(plan()) == {"m.self_attn.qkv_proj"}
     made["v_proj"]["weight_global_scale"] *= 2

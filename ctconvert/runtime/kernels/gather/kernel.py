@@ -17,6 +17,8 @@ scale's dtype (exact: both fit in 8 bits), subtracts (exact), multiplies and rou
 product is formed in float32 and rounded once, which is the same value. The dense packing is that
 of compressed-tensors 0.18 and newer, the padded one that of 0.17 and older and of vLLM's
 ``CompressedTensorsEmbeddingWNA16Int``.
+
+An FP8 table, ``weight`` f8_e4m3 [V, H] and ``weight_scale`` [V, 1], is looked up by torch.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from __future__ import annotations
 import torch
 
 from ctconvert.runtime.kernels.base import Binding, Kernel, Tensors
-from ctconvert.runtime.kernels.gather.reference import embedding_gather_reference
+from ctconvert.runtime.kernels.gather.reference import check_range, embedding_gather_reference
 from ctconvert.runtime.kernels.ops import Result, check_tensor, op
 from ctconvert.transforms.packed import row_words
 
@@ -106,6 +108,8 @@ def embedding_gather(
 def _run(
     bound: Binding, tensors: Tensors, ids: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
+    if "weight" in tensors:
+        return _fp8_rows(ids, tensors["weight"], tensors["weight_scale"])
     return embedding_gather(
         ids,
         tensors["weight_packed"],
@@ -115,6 +119,15 @@ def _run(
         hidden=bound.spec.k,
         packing=bound.spec.packing,
     )
+
+
+def _fp8_rows(ids: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Rows [..., H] in the scale's dtype; IndexError for an id outside the table."""
+    check_range(ids, weight.shape[0])
+    flat = ids.reshape(-1)
+    rows = weight.view(torch.uint8).index_select(0, flat).view(weight.dtype)
+    made = rows.float() * scale.index_select(0, flat).float()
+    return made.to(scale.dtype).reshape(*ids.shape, -1)
 
 
 GATHER = Kernel("gather", _run, 1e-2, product=lambda spec: None)
