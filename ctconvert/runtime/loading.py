@@ -57,7 +57,8 @@ def binding(module: Convert) -> Binding:
     if layout is None or layout.version != recipe.layout_version:
         raise VerificationError(
             f"module {module.name}: layout {recipe.layout} version {recipe.layout_version} is not "
-            "known to this ctconvert; use the one that wrote it"
+            "known to this ctconvert; use the one that wrote it",
+            module=module.name,
         )
     logical = module.logical
     return Binding(
@@ -284,7 +285,8 @@ def _model(loader: Loader, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
             held = torch_dtype(spec.element)
             raise UsageError(
                 f"module {name}: weights of {str(held).removeprefix('torch.')} multiply "
-                f"activations of that dtype only: pass dtype={held}"
+                f"activations of that dtype only: pass dtype={held}",
+                module=name,
             )
     _put_modules(model, loader.converted, modules)
     for copy in loader.output.plan.copies:
@@ -331,12 +333,15 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
         owner = model.get_submodule(parent)
         replaced = type(model.get_submodule(name))
     except AttributeError:
-        raise ConversionError(f"module {name}: {type(model).__name__} has no such module") from None
+        raise ConversionError(
+            f"module {name}: {type(model).__name__} has no such module", module=name
+        ) from None
     if replaced not in (nn.Linear, nn.Embedding):
         # A class of its own may do more, as Gemma's embedding, which scales what it looks up.
         raise ConversionError(
             f"module {name}: a kernel cannot stand for {replaced.__name__}, which is no plain "
-            "Linear or Embedding; ctconvert.runtime.load gives the modules by themselves"
+            "Linear or Embedding; ctconvert.runtime.load gives the modules by themselves",
+            module=name,
         )
     setattr(owner, leaf, module)
 
