@@ -40,6 +40,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "codec": _TRANSFORMS | _RECORDS | {"formats", "layouts"},
     "work": _WORK,
     "runtime": _TRANSFORMS | _RECORDS | {"output", "layouts", "runtime"},
+    "integrations": _TRANSFORMS | _RECORDS | {"output", "layouts", "runtime", "integrations"},
     "api": _WORK | {"runtime", "api"},
     "": {"api", "version"},  # the package itself
     "cli": _WORK | {"", "runtime", "api", "cli"},

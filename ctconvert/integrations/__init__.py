@@ -1,0 +1,1 @@
+"""Engines that run what this package writes; nothing else here imports them."""
