@@ -112,6 +112,7 @@ class Reader:
         self.settings = settings
         self.metadata = metadata
         self._kinds: dict[object, _Kind] = {}
+        self._last: tuple[Entries, ModuleScheme, _Kind] | None = None
 
     def fits(self, name: str, scheme: ModuleScheme, entries: Entries) -> bool:
         """Whether a module's tensors are exactly what a scheme stores."""
@@ -153,6 +154,8 @@ class Reader:
 
     def _kind(self, name: str, scheme: ModuleScheme, entries: Entries) -> _Kind:
         """What the module has in common with others like it; checked once for all of them."""
+        if self._last and self._last[0] is entries and self._last[1] is scheme:
+            return self._last[2]
         raw = tuple(self._told(local, entry) for local, entry in entries.items())
         specs = tuple((local, entry.spec) for local, entry in entries.items())
         embedding = _is_embedding(name, scheme)
@@ -166,6 +169,7 @@ class Reader:
                 missing = isinstance(error, IncompleteError)
                 found = _Kind(None, reason=text, fault=True, incomplete=missing)
             self._kinds[key] = found
+        self._last = entries, scheme, found
         return found
 
     def _told(self, local: str, entry: TensorEntry) -> object:
