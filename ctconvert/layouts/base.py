@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from ctconvert.specs import Dtype, QuantizedWeight, Support, TensorSpec, WeightSpec
+from ctconvert.specs import Dtype, Family, QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
     import torch
@@ -111,10 +111,28 @@ def symmetric_activations(spec: WeightSpec) -> Support:
     return Support()
 
 
-def weight_only(spec: WeightSpec) -> Support:
-    """What every weight-only INT layout asks of a scheme, whatever its shapes."""
+def no_table(spec: WeightSpec) -> Support:
+    """Falsy for an embedding table, which no layout of a matmul takes."""
     if spec.embedding:
         return Support("it is an embedding table, and this layout is a matmul's", other_kind=True)
+    return Support()
+
+
+def of_family(spec: WeightSpec, wanted: Family) -> Support:
+    """What a layout of one family of block-scaled weights asks of a scheme."""
+    if not (general := no_table(spec)):
+        return general
+    if spec.family != wanted:
+        return Support(
+            f"scheme {spec.family} ({spec.label}) is not {wanted.upper()}", other_kind=True
+        )
+    return Support()
+
+
+def weight_only(spec: WeightSpec) -> Support:
+    """What every weight-only INT layout asks of a scheme, whatever its shapes."""
+    if not (general := no_table(spec)):
+        return general
     if spec.family not in ("wna16", "wna8o8", "w4a8"):
         return Support(
             f"scheme {spec.family} ({spec.label}) is not weight-only INT", other_kind=True

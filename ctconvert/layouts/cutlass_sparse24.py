@@ -25,6 +25,7 @@ from ctconvert.layouts.base import (
     Layout,
     decode_side,
     encode_side,
+    no_table,
     side_specs,
     symmetric_activations,
 )
@@ -45,10 +46,8 @@ class CutlassSparse24(Layout):
     def supports(self, spec: WeightSpec) -> Support:
         if not spec.sparse:
             return Support("the weight is not 2:4 sparse", other_kind=True)
-        if spec.embedding:
-            return Support(
-                "it is an embedding table, and this layout is a matmul's", other_kind=True
-            )
+        if not (general := no_table(spec)):
+            return general
         if spec.element not in ("F16", "BF16", "I8", "F8_E4M3"):
             return Support(f"{spec.element} values; it takes F16, BF16, I8 and F8_E4M3")
         multiple = 16 if spec.element in ("F16", "BF16") else 32

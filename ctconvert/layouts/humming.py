@@ -36,6 +36,7 @@ from ctconvert.layouts.base import (
     Layout,
     decode_side,
     encode_side,
+    of_family,
     packed_codes,
     side_specs,
     weight_only,
@@ -133,12 +134,8 @@ class HummingNVFP4(_Humming):
     writes = "weight, weight_scale, weight_scale_2, weight_global_scale, input_global_scale"
 
     def supports(self, spec: WeightSpec) -> Support:
-        if spec.embedding:
-            return Support(
-                "it is an embedding table, and this layout is a matmul's", other_kind=True
-            )
-        if spec.family != "nvfp4":
-            return Support(f"scheme {spec.family} ({spec.label}) is not NVFP4", other_kind=True)
+        if not (general := of_family(spec, "nvfp4")):
+            return general
         return Support()
 
     def output_specs(self, spec: WeightSpec) -> dict[str, TensorSpec]:

@@ -34,6 +34,7 @@ from ctconvert.layouts.base import (
     Layout,
     decode_side,
     encode_side,
+    of_family,
     packed_codes,
     side_specs,
     weight_only,
@@ -166,12 +167,8 @@ class MarlinMXFP4(_Marlin):
     writes = "weight, weight_scale"
 
     def supports(self, spec: WeightSpec) -> Support:
-        if spec.embedding:
-            return Support(
-                "it is an embedding table, and this layout is a matmul's", other_kind=True
-            )
-        if spec.family != "mxfp4":
-            return Support(f"scheme {spec.family} ({spec.label}) is not MXFP4", other_kind=True)
+        if not (general := of_family(spec, "mxfp4")):
+            return general
         if spec.side:
             return Support(f"static activation scales ({spec.activations}); the kernel takes none")
         return Support()

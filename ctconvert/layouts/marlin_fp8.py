@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from ctconvert.layouts.base import Layout, decode_side, encode_side, side_specs
+from ctconvert.layouts.base import Layout, decode_side, encode_side, no_table, side_specs
 from ctconvert.specs import SCALE_DTYPES, Dtype, QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -54,10 +54,8 @@ class MarlinFP8(Layout):
         return n, k
 
     def supports(self, spec: WeightSpec) -> Support:
-        if spec.embedding:
-            return Support(
-                "it is an embedding table, and this layout is a matmul's", other_kind=True
-            )
+        if not (general := no_table(spec)):
+            return general
         if spec.family != "w8a8" or spec.kind != "float":
             return Support(f"scheme {spec.family} ({spec.label}) is not FP8", other_kind=True)
         if spec.strategy not in ("channel", "block"):

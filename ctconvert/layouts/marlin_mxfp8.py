@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ctconvert.layouts.base import Layout
+from ctconvert.layouts.base import Layout, of_family
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -41,12 +41,8 @@ class MarlinMXFP8(Layout):
         return marlin_padded_shape(spec.n, spec.k)
 
     def supports(self, spec: WeightSpec) -> Support:
-        if spec.embedding:
-            return Support(
-                "it is an embedding table, and this layout is a matmul's", other_kind=True
-            )
-        if spec.family != "mxfp8":
-            return Support(f"scheme {spec.family} ({spec.label}) is not MXFP8", other_kind=True)
+        if not (general := of_family(spec, "mxfp8")):
+            return general
         if spec.side:
             return Support(f"static activation scales ({spec.activations}); the kernel takes none")
         return Support()

@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from ctconvert.layouts.base import Layout, packed_codes
+from ctconvert.layouts.base import Layout, of_family, packed_codes
 from ctconvert.specs import Dtype, QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -63,12 +63,8 @@ class MarlinNVFP4(Layout):
         return marlin_padded_shape(spec.n, spec.k)
 
     def supports(self, spec: WeightSpec) -> Support:
-        if spec.embedding:
-            return Support(
-                "it is an embedding table, and this layout is a matmul's", other_kind=True
-            )
-        if spec.family != "nvfp4":
-            return Support(f"scheme {spec.family} ({spec.label}) is not NVFP4", other_kind=True)
+        if not (general := of_family(spec, "nvfp4")):
+            return general
         return Support()
 
     def output_specs(self, spec: WeightSpec) -> dict[str, TensorSpec]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from ctconvert.layouts.base import Layout
+from ctconvert.layouts.base import Layout, of_family
 from ctconvert.specs import Dtype, Family, QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -46,14 +46,8 @@ class _MXSwizzled(Layout):
         return -(-spec.n // ALIGNED) * ALIGNED, spec.k
 
     def supports(self, spec: WeightSpec) -> Support:
-        if spec.embedding:
-            return Support(
-                "it is an embedding table, and this layout is a matmul's", other_kind=True
-            )
-        if spec.family != self.family:
-            return Support(
-                f"scheme {spec.family} ({spec.label}) is not {self.family.upper()}", other_kind=True
-            )
+        if not (general := of_family(spec, self.family)):
+            return general
         if spec.activations != self.activations:
             return Support(
                 f"activations {spec.activations or 'of 16 bits'}; it takes {self.activations}"

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ctconvert.layouts.base import Layout
+from ctconvert.layouts.base import Layout, of_family
 from ctconvert.specs import QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -46,12 +46,8 @@ class NVFP4Cutlass(Layout):
         return -(-spec.n // ALIGNED) * ALIGNED, -(-spec.k // ALIGNED) * ALIGNED
 
     def supports(self, spec: WeightSpec) -> Support:
-        if spec.embedding:
-            return Support(
-                "it is an embedding table, and this layout is a matmul's", other_kind=True
-            )
-        if spec.family != "nvfp4":
-            return Support(f"scheme {spec.family} ({spec.label}) is not NVFP4", other_kind=True)
+        if not (general := of_family(spec, "nvfp4")):
+            return general
         if "input_global_scale" not in dict(spec.side):
             return Support(
                 "it has no input_global_scale, without which the kernel cannot quantise its "

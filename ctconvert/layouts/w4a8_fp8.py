@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ctconvert.layouts.base import Layout, packed_codes
+from ctconvert.layouts.base import Layout, no_table, packed_codes
 from ctconvert.specs import SCALE_DTYPES, QuantizedWeight, Support, TensorSpec, WeightSpec
 
 if TYPE_CHECKING:
@@ -43,10 +43,8 @@ class W4A8FP8(Layout):
         return -(-spec.n // 128) * 128, spec.k
 
     def supports(self, spec: WeightSpec) -> Support:
-        if spec.embedding:
-            return Support(
-                "it is an embedding table, and this layout is a matmul's", other_kind=True
-            )
+        if not (general := no_table(spec)):
+            return general
         if (spec.kind, spec.bits, spec.input_type) != ("int", 4, "F8_E4M3") or spec.sparse:
             return Support(f"scheme {spec.family} ({spec.label}) is not W4A8-FP8", other_kind=True)
         if spec.activations != ACTIVATIONS or spec.side:
