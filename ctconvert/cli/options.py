@@ -26,7 +26,7 @@ Dtype = Annotated[
 KernelDevice = Annotated[str, typer.Option(help="Where kernels run: auto, cpu, cuda, cuda:1, xpu.")]
 Workers = Annotated[int | None, typer.Option(help="Threads that read, transform and write.")]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue a killed run from its finished shards.")
+    bool, typer.Option("--resume", help="Continue a killed run from what it finished.")
 ]
 #: The most digits that are read as a number; Python itself refuses a few thousand.
 _DIGITS = 40

@@ -20,6 +20,8 @@ FUSED: Mapping[str, tuple[str, ...]] = {
 }
 #: Attention whose queries read another input than its keys and values, by the module's name.
 _CROSS_ATTENTION = re.compile(r"cross|encoder_attn|encdec|enc_dec|encoder_decoder", re.IGNORECASE)
+#: What holds nothing else, whatever its attention is called: a few latents query a picture.
+_RESAMPLER = re.compile(r"perceiver|resampler", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ def _fused(description: Description, name: str, names: Sequence[str]) -> Candida
         if any(f"{item}.weight" not in description.plain for item in missing):
             return ""  # the model has no such part
         return f"{', '.join(missing)} is not quantised"
-    if name.endswith("qkv_proj") and _CROSS_ATTENTION.search(name.split(".")[-2:][0]):
+    if name.endswith("qkv_proj") and (
+        _CROSS_ATTENTION.search(name.split(".")[-2:][0]) or _RESAMPLER.search(name)
+    ):
         return "the queries of cross-attention read another input than its keys and values"
     if any(module.reason or module.source is None for module in modules):
         return "a part of it has no layout"

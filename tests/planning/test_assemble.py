@@ -88,6 +88,7 @@ def test_widths_do_not_depend_on_padding(target: str) -> None:
         "model.decoder.layers.0.encoder_attn",  # BART, Whisper
         "decoder.block.0.layer.1.EncDecAttention",  # T5
         "model.layers.0.crossattention",  # BLIP
+        "model.connector.perceiver_resampler.layers.0.self_attn",  # Idefics2
     ],
 )
 def test_cross_attention_stays_apart(parent: str) -> None:
