@@ -18,7 +18,7 @@ from ctconvert.planning.describe import describe
 from ctconvert.planning.inspection import Inspection, inspection
 from ctconvert.planning.make import make_plan, restore_plan
 from ctconvert.progress import Progress, Silent
-from ctconvert.records import Options, Plan, Report, Verified
+from ctconvert.records import Differing, Options, Plan, Report, Verified
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.hub import home_path, open_store
 
@@ -281,6 +281,38 @@ def verify(
         runs = {run.layout: run for run in proved.runs}
         found = replace(found, kernels=runs, without_kernel=proved.missing)
     return found
+
+
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Differing:
+    """Compares the decoded weights of two checkpoints, source or converted each.
+
+    Args:
+        a, b: directories or Hub ids.
+        workers: threads.
+        progress: told of bytes done.
+
+    Returns:
+        the content of ``ctconvert diff --json``; equal where it has no ``differences``.
+
+    Raises:
+        UsageError: there is no such checkpoint.
+        BadInputError: a source is damaged.
+        VerificationError: a converted checkpoint is damaged.
+        ConversionError: one of them changed meanwhile.
+    """
+    from ctconvert.store.places import recover
+    from ctconvert.work.differing import diff as compare
+
+    for model in (a, b):
+        recover(home_path(model))
+    left, right = (open_store(str(model), download=True) for model in (a, b))
+    return compare(left, right, _executor(workers), progress or Silent())
 
 
 def restore(

@@ -60,6 +60,12 @@ class NoManifestError(VerificationError):
     kind = "NoManifest"
 
 
+class DifferenceError(VerificationError):
+    """Two checkpoints do not hold the same weights."""
+
+    kind = "Difference"
+
+
 class UsageError(CtconvertError):
     """The command cannot be run as asked."""
 

@@ -25,13 +25,25 @@ from ctconvert.records.plan import (
     SourceModule,
     expert_entry,
 )
-from ctconvert.records.reports import Compared, Error, Failure, Judged, KernelRun, Report, Verified
+from ctconvert.records.reports import (
+    Compared,
+    Difference,
+    Differing,
+    Error,
+    Failure,
+    Judged,
+    KernelRun,
+    Report,
+    Verified,
+)
 
 __all__ = [
     "FORMAT_VERSION",
     "Compared",
     "Convert",
     "Copy",
+    "Difference",
+    "Differing",
     "Error",
     "Failure",
     "FileRecord",

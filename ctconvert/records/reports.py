@@ -85,6 +85,34 @@ class Report(Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
 
 
+class Difference(Struct, frozen=True, kw_only=True):
+    """Where a module of one checkpoint is not that of another.
+
+    ``what`` is the first of its tensors (decoded: ``codes``, ``scale``, ``zero_point``, ...) or
+    properties that differs, ``first`` how, ``elements`` how many elements of that tensor do (0
+    where it is not about elements), ``weights`` how many weights of the module differ (experts).
+    """
+
+    module: str
+    what: str
+    first: str
+    elements: int = 0
+    weights: int = 1
+
+
+class Differing(Struct, frozen=True, kw_only=True):
+    """What comparing the weights of two checkpoints found: ``diff --json``.
+
+    ``modules`` and ``tensors`` count the quantised modules and the other tensors of both.
+    """
+
+    a: str
+    b: str
+    modules: int
+    tensors: int
+    differences: tuple[Difference, ...]
+
+
 class Compared(Struct, frozen=True, kw_only=True):
     """What a comparison with a source found equal."""
 
