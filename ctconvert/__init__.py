@@ -1,7 +1,7 @@
 """Offline converter from compressed-tensors checkpoints to kernel-ready ones.
 
-The verbs of the command line are functions here: :func:`inspect`, :func:`plan`, :func:`repack`,
-:func:`verify`, :func:`diff` and :func:`restore`. They return the typed records of
+The verbs of the command line are functions here: :func:`inspect`, :func:`doctor`, :func:`plan`,
+:func:`repack`, :func:`verify`, :func:`diff` and :func:`restore`. They return the typed records of
 :mod:`ctconvert.records` and are loaded on first use, so ``import ctconvert`` imports neither torch
 nor triton nor transformers.
 """
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ctconvert.version import __version__
 
-__all__ = ["__version__", "diff", "inspect", "plan", "repack", "restore", "verify"]
+__all__ = ["__version__", "diff", "doctor", "inspect", "plan", "repack", "restore", "verify"]
 
 if TYPE_CHECKING:
-    from ctconvert.api import diff, inspect, plan, repack, restore, verify
+    from ctconvert.api import diff, doctor, inspect, plan, repack, restore, verify
 
 
 def __getattr__(name: str) -> Any:

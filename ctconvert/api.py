@@ -18,7 +18,7 @@ from ctconvert.planning.describe import describe
 from ctconvert.planning.inspection import Inspection, inspection
 from ctconvert.planning.make import make_plan, restore_plan
 from ctconvert.progress import Progress, Silent
-from ctconvert.records import Differing, Options, Plan, Report, Verified
+from ctconvert.records import Differing, Examination, Options, Plan, Report, Verified
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.hub import home_path, open_store
 
@@ -83,6 +83,41 @@ def inspect(
     with _no_collection():
         description = describe(Checkpoint(open_store(str(model), download=False)))
         return inspection(description, None if options is None else make_plan(description, options))
+
+
+def doctor(
+    model: str | Path,
+    *,
+    target: str | None = None,
+    tensor_parallel: Sequence[int] = (1,),
+    data: bool = True,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Examination:
+    """Tells what will go wrong with a checkpoint before it is served.
+
+    Args:
+        model: a directory or a Hub id.
+        target: also look for what no layout of it takes.
+        tensor_parallel: numbers of ranks over which the model shall be split.
+        data: read the weights too, not headers alone.
+        workers: threads.
+        progress: told of bytes done.
+
+    Returns:
+        the content of ``ctconvert doctor --json``; something is wrong where it has ``errors``.
+
+    Raises:
+        UsageError: there is no such model or target.
+        BadInputError: it is no compressed-tensors checkpoint, or a file is damaged.
+        ConversionError: it changed meanwhile.
+    """
+    from ctconvert.work.examining import examine
+
+    executor = _executor(workers) if data else None
+    checkpoint = Checkpoint(open_store(str(model), download=data))
+    with _no_collection():
+        return examine(checkpoint, target, tuple(tensor_parallel), executor, progress or Silent())
 
 
 def plan(

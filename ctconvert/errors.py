@@ -66,6 +66,12 @@ class DifferenceError(VerificationError):
     kind = "Difference"
 
 
+class FindingsError(VerificationError):
+    """An examination found something wrong."""
+
+    kind = "Findings"
+
+
 class UsageError(CtconvertError):
     """The command cannot be run as asked."""
 

@@ -66,8 +66,10 @@ def parse_layouts(texts: list[str]) -> dict[str, str]:
     return found
 
 
-def parse_counts(text: str) -> tuple[int, ...]:
-    """Numbers of tokens separated by commas.
+def parse_counts(
+    text: str, option: str = "--m", of: str = "tokens", example: str = "1,16,256"
+) -> tuple[int, ...]:
+    """Numbers separated by commas, as ``option`` takes them.
 
     Raises:
         UsageError: they are not.
@@ -76,7 +78,7 @@ def parse_counts(text: str) -> tuple[int, ...]:
         len(item) > _DIGITS for item in text.split(",")
     ):
         raise UsageError(
-            f"--m {shortened(text)!r}: write numbers of tokens separated by commas: 1,16,256"
+            f"{option} {shortened(text)!r}: write numbers of {of} separated by commas: {example}"
         )
     return tuple(map(int, text.split(",")))
 

@@ -12,6 +12,7 @@ import typer
 
 from ctconvert.cli.bench import bench
 from ctconvert.cli.diff import diff
+from ctconvert.cli.doctor import doctor
 from ctconvert.cli.failures import TOLD, tell, tell_mistake, usage_line
 from ctconvert.cli.inspect import inspect
 from ctconvert.cli.layouts import layouts
@@ -38,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # help is plain text, of which no bracket is lost
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, repack, verify, diff, restore, bench, layouts, schema):
+for verb in (inspect, doctor, repack, verify, diff, restore, bench, layouts, schema):
     app.command()(verb)
 
 

@@ -183,7 +183,7 @@ def difference(a: QuantizedWeight, b: QuantizedWeight) -> Difference | None:
         if same_bits(left, right) and (what != "codes" or _stored_alike(a.spec, b.spec)):
             continue
         codes = what == "codes"
-        views = [partial(_codes, w.spec) if codes else _as_it_is for w in (a, b)]
+        views = [partial(codes_of, w.spec) if codes else _as_it_is for w in (a, b)]
         if found := _elements(what, (left, right), views):
             return found
     return None
@@ -197,7 +197,7 @@ def _as_it_is(rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def _codes(spec: WeightSpec, rows: torch.Tensor) -> torch.Tensor:
+def codes_of(spec: WeightSpec, rows: torch.Tensor) -> torch.Tensor:
     """Rows of codes, one an element: integers as i8, floats in their type or as its codes."""
     if spec.storage == "plain":
         return rows
