@@ -21,12 +21,17 @@ _TOLERATED = {"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", ".gitattribut
 class Output:
     """A converted or restored checkpoint; sizes and headers are as its manifest says.
 
+    Args:
+        store: where it is.
+        whole: whether all of its files are there, or its weights alone, as in a cache.
+
     Raises:
         VerificationError: the manifest or a header is damaged, a file is missing or too many.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, whole: bool = True) -> None:
         self.store = store
+        self.whole = whole
         with closing(store):  # it can be used again: no file is held open meanwhile
             self.manifest = Manifest.load(store)
             self.plan = self.manifest.plan
@@ -35,7 +40,7 @@ class Output:
     def _check(self) -> None:
         store = self.store
         sizes = store.sizes()
-        for record in self.manifest.files:
+        for record in self._records:
             if record.name not in sizes:
                 reason = store.left_out().get(record.name)
                 raise VerificationError(
@@ -86,7 +91,12 @@ class Output:
         Raises:
             ConversionError: a file is no longer the one that was opened.
         """
-        self.store.check_unchanged([MANIFEST, *self.manifest.file_records])
+        self.store.check_unchanged([MANIFEST, *(record.name for record in self._records)])
+
+    @property
+    def _records(self) -> list[FileRecord]:
+        shards = {shard.name for shard in self.plan.shards}
+        return [record for record in self.manifest.files if self.whole or record.name in shards]
 
     def whole_files(self) -> list[FileRecord]:
         """The files whose hash is of the whole: all but the shards."""

@@ -39,7 +39,8 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "planning": _PLANNING,
     "codec": _TRANSFORMS | _RECORDS | {"formats", "layouts"},
     "work": _WORK,
-    "runtime": _TRANSFORMS | _RECORDS | {"output", "layouts", "runtime"},
+    "runtime": _TRANSFORMS | _RECORDS | {"output", "layouts", "runtime", "integrations"},
+    "integrations": _TRANSFORMS | _RECORDS | {"output", "layouts", "runtime", "integrations"},
     "api": _WORK | {"runtime", "api"},
     "": {"api", "version"},  # the package itself
     "cli": _WORK | {"", "runtime", "api", "cli"},

@@ -88,6 +88,7 @@ class _Kind:
     """
 
     spec: WeightSpec | None
+    label: str = ""
     owned: list[str] = field(default_factory=list)
     valued: list[str] = field(default_factory=list)
     zeros: tuple[str, ...] = ()
@@ -139,7 +140,7 @@ class Reader:
                 zeros=kind.zeros,
                 beside={key: entries[key] for key in kind.beside},
             )
-            found = Module(name, scheme.format, kind.spec.label, entries, source)
+            found = Module(name, scheme.format, kind.label, entries, source)
         found.scheme, found.uncalibrated = scheme, kind.uncalibrated
         found.reason, found.fault = kind.reason, kind.fault
         cls = "Embedding" if kind.spec and kind.spec.embedding else "Linear"
@@ -234,6 +235,7 @@ class Reader:
             reason = f"holds {', '.join(unknown)}, which its scheme ({spec.label}) does not explain"
         return _Kind(
             spec,
+            spec.label,
             owned=[key for key in entries if key in owned],
             valued=[key for key in sorted(owned) if key in values],
             zeros=zeros,

@@ -188,6 +188,11 @@ class QuantizationSettings:
         """The config groups that quantise weights, by name."""
         return [name for name, (scheme, _) in self._groups.items() if scheme.weights is not None]
 
+    @property
+    def count(self) -> int:
+        """How many schemes there are: config groups, or the sparse scheme alone."""
+        return len(self._groups) or 1
+
     def schemes_of(self, name: str, cls: str) -> list[ModuleScheme]:
         """The scheme of every config group that means module ``name``, were its class ``cls``.
 
@@ -201,9 +206,10 @@ class QuantizationSettings:
         if self.sparse_format is not None and not self.sparse_ignore.any(name, cls):
             sparse = self.sparse_targets.first(name, cls)
         found: dict[str, ModuleScheme] = {}
-        if not self.ignore.any(name, cls):
-            for target in [*self._targets.all(name), cls]:
-                for group in reversed(self._named.get(target, ())):  # the last, where two have it
+        targets = [item for item in (*self._targets.all(name), cls) if item in self._named]
+        if targets and not self.ignore.any(name, cls):
+            for target in targets:
+                for group in reversed(self._named[target]):  # the last, where two have it
                     if group not in found:
                         found[group] = self._scheme(group, target, name, sparse is not None)
         if not found and sparse is not None:

@@ -1,0 +1,1 @@
+"""Converted checkpoints in other people's engines."""

@@ -1,0 +1,12 @@
+"""Makes ``from_pretrained`` of transformers load converted checkpoints, kernels in place.
+
+Importing this is all it takes: it registers a quantizer under ``ctconvert``, the ``quant_method``
+of a converted checkpoint's config.json. Without it transformers warns of an unknown method and
+returns random weights.
+"""
+
+from __future__ import annotations
+
+from ctconvert.integrations.transformers.quantizer import CtconvertConfig, CtconvertQuantizer
+
+__all__ = ["CtconvertConfig", "CtconvertQuantizer"]
