@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctconvert.cli.failures import failures
-from ctconvert.cli.options import Json, Workers
+from ctconvert.cli.options import Json, JsonEvents, Workers
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import collapse
 from ctconvert.errors import DifferenceError
@@ -22,10 +22,11 @@ def diff(
     a: Annotated[str, typer.Argument(metavar="A", help=_Checkpoint)],
     b: Annotated[str, typer.Argument(metavar="B", help=_Checkpoint)],
     json_: Json = False,
+    json_events: JsonEvents = None,
     workers: Workers = None,
 ) -> None:
     """Compare the decoded weights of two checkpoints."""
-    sink = Sink(json_)
+    sink = Sink(json_, json_events)
     with failures(sink):
         from ctconvert import api
 

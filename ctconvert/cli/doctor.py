@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctconvert.cli.failures import failures
-from ctconvert.cli.options import Json, Model, Workers, parse_counts
+from ctconvert.cli.options import Json, JsonEvents, Model, Workers, parse_counts
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import collapse
 from ctconvert.errors import FindingsError
@@ -30,10 +30,11 @@ def doctor(
         bool, typer.Option("--data/--no-data", help="Read the weights, not headers alone.")
     ] = True,
     json_: Json = False,
+    json_events: JsonEvents = None,
     workers: Workers = None,
 ) -> None:
     """Tell what will go wrong with a checkpoint before it is served."""
-    sink = Sink(json_)
+    sink = Sink(json_, json_events)
     with failures(sink):
         from ctconvert import api
 

@@ -15,6 +15,12 @@ Model = Annotated[
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="A converted checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+JsonEvents = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|-", help="Write what happens to a file or stdout, a JSON object a line."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where transforms run: auto, cpu, cuda, cuda:1, xpu.")]
 Dtype = Annotated[
     str | None,
