@@ -10,7 +10,7 @@ import torch
 from support.block_floats import FP8, fp8_group
 from support.builders import DYNAMIC_INT8, group_config, weight_args
 
-transformers = pytest.importorskip("transformers", "5.0", reason="transformers is not installed")
+transformers = pytest.importorskip("transformers", "5.18", reason="transformers 5.18 is needed")
 
 from support.hf import TINY, error, linears, write_models  # noqa: E402
 

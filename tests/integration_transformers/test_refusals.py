@@ -17,7 +17,7 @@ from support.cli import environment
 from support.hub import Hub, hub_environment
 from support.reference import load_tensors
 
-transformers = pytest.importorskip("transformers", "5.0", reason="transformers is not installed")
+transformers = pytest.importorskip("transformers", "5.18", reason="transformers 5.18 is needed")
 
 from support.hf import TINY, write_models  # noqa: E402
 
