@@ -43,20 +43,27 @@ class Output:
         for record in self._records:
             if record.name not in sizes:
                 reason = store.left_out().get(record.name)
-                raise VerificationError(f"{store.path(record.name)}: {reason or 'missing'}")
+                raise VerificationError(
+                    f"{store.path(record.name)}: {reason or 'missing'}",
+                    file=store.path(record.name),
+                )
             if sizes[record.name] != record.size:
                 raise VerificationError(
-                    f"{store.path(record.name)}: {sizes[record.name]} bytes, expected {record.size}"
+                    f"{store.path(record.name)}: {sizes[record.name]} bytes, "
+                    f"expected {record.size}",
+                    file=store.path(record.name),
                 )
         for shard in self.plan.shards:
             header = self.plan.header(shard)
             if store.read(shard.name, 0, len(header)) != header:
                 raise VerificationError(
-                    f"{store.path(shard.name)}: damaged: its header has changed"
+                    f"{store.path(shard.name)}: damaged: its header has changed",
+                    file=store.path(shard.name),
                 )
         if stray := strays(store, self.manifest):
             raise VerificationError(
-                f"{store.path(stray[0])}: not part of this checkpoint; remove it"
+                f"{store.path(stray[0])}: not part of this checkpoint; remove it",
+                file=store.path(stray[0]),
             )
 
     @classmethod

@@ -79,7 +79,7 @@ def repack(
 ) -> None:
     """Convert a compressed-tensors checkpoint into a kernel-ready one."""
     sink = Sink(json_)
-    with failures(device, advice="" if dry_run else RESUMES):
+    with failures(sink, device, advice="" if dry_run else RESUMES):
         from ctconvert import api
 
         layouts, shard = parse_layouts(layout or []), parse_size(max_shard_size)

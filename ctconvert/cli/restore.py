@@ -30,7 +30,7 @@ def restore(
 ) -> None:
     """Turn a converted checkpoint back into the one it was made from."""
     sink = Sink(json_)
-    with failures(device, advice=RESUMES):
+    with failures(sink, device, advice=RESUMES):
         from ctconvert import api
 
         with sink.progress() as progress:

@@ -19,6 +19,7 @@ from ctconvert.cli.text import collapse, printable, table
 
 if TYPE_CHECKING:
     from ctconvert.cli.progress import ShownProgress
+    from ctconvert.records import Failure
 
 R = TypeVar("R")
 
@@ -28,16 +29,28 @@ class Sink:
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
+        self._fields: dict[str, Any] = {}
 
-    def show(self, record: R, people: Callable[[Sink, R], object], **more: Any) -> None:
-        """A result: as ``people`` prints it, or as JSON, ``more`` fields first."""
+    def show(self, record: R, people: Callable[[Sink, R], object]) -> None:
+        """A result: as ``people`` prints it, or as fields of the document that :meth:`end` writes.
+
+        A verb may still fail when it has shown a result.
+        """
         if not self.as_json:
             people(self, record)
             return
         import msgspec
 
-        found = msgspec.to_builtins(record)
-        write(to_json(more | found if more else found))
+        self._fields |= msgspec.to_builtins(record)
+
+    def end(self, failure: Failure | None = None) -> None:
+        """Writes the document of ``--json``; nothing for people."""
+        if not self.as_json:
+            return
+        import msgspec
+
+        head = {"ok": True} if failure is None else msgspec.to_builtins(failure)
+        write(to_json(head | self._fields))
 
     def progress(self) -> AbstractContextManager[ShownProgress | None]:
         """What shows how far a run is; None for programs."""

@@ -38,7 +38,7 @@ def verify(
 ) -> None:
     """Prove a converted checkpoint: its bytes, codes and scales."""
     sink = Sink(json_)
-    with failures(device):
+    with failures(sink, device):
         from ctconvert import api
 
         with sink.progress() as progress:
@@ -52,7 +52,7 @@ def verify(
                 progress=progress,
             )
         missing = found.without_kernel
-        sink.show(found, lambda sink, found: _print(sink, found, out, against), ok=not missing)
+        sink.show(found, lambda sink, found: _print(sink, found, out, against))
         if missing:
             from ctconvert.errors import VerificationError
 

@@ -1,1 +1,1 @@
-"""Converted checkpoints in other people's programs."""
+"""Converted checkpoints in other people's engines."""

@@ -85,6 +85,8 @@ class Matcher:
         """No group means the module under its name: another name of it, or the group that fits."""
         candidates: dict[str, tuple[ModuleScheme, str]] = {}
         for other in other_names(name):
+            if len(candidates) == self.settings.count:
+                break  # every group has one
             for scheme in self.settings.schemes_of(other, guess_class(other)):
                 candidates.setdefault(scheme.group, (scheme, other))
         fitting = [pair for pair in candidates.values() if self.reader.fits(name, pair[0], entries)]

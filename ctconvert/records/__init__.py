@@ -25,13 +25,15 @@ from ctconvert.records.plan import (
     SourceModule,
     expert_entry,
 )
-from ctconvert.records.reports import Compared, Judged, KernelRun, Report, Verified
+from ctconvert.records.reports import Compared, Error, Failure, Judged, KernelRun, Report, Verified
 
 __all__ = [
     "FORMAT_VERSION",
     "Compared",
     "Convert",
     "Copy",
+    "Error",
+    "Failure",
     "FileRecord",
     "Item",
     "Judged",

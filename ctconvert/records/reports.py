@@ -2,9 +2,55 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from msgspec import Struct
 
 from ctconvert.records.plan import Refusal
+
+
+class Error(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What went wrong, in one line, and in which module or file where that is known.
+
+    Usage: the command cannot be run as asked. BadInput, Incomplete: the source is damaged or lacks
+    a part. NoManifest: there is no output where one was named. Unsupported: the target cannot take
+    a module. Conversion, Verification: the work failed, the output is not what it should be.
+    Difference, Findings: what ``diff`` and ``doctor`` found. KernelUnavailable: a kernel cannot run
+    here. System: the operating system's word. Internal: a mistake of this program.
+    """
+
+    kind: Literal[
+        "Usage",
+        "BadInput",
+        "Incomplete",
+        "NoManifest",
+        "Unsupported",
+        "Conversion",
+        "Verification",
+        "Difference",
+        "Findings",
+        "KernelUnavailable",
+        "System",
+        "OutOfMemory",
+        "Interrupted",
+        "Internal",
+    ]
+    message: str
+    module: str | None = None
+    file: str | None = None
+
+
+class Failure(Struct, frozen=True, kw_only=True):
+    """How a verb that fails ends under ``--json``.
+
+    Where it has a result all the same (a refused plan's outline, what a comparison found), the
+    result's own fields follow. A success is its result's fields after an ``ok`` that is true.
+    """
+
+    ok: bool = False
+    exit_code: int
+    error: Error
+    refusals: tuple[Refusal, ...] = ()
 
 
 class KernelRun(Struct, frozen=True):

@@ -36,7 +36,8 @@ def binding(module: Convert) -> Binding:
     if layout is None or layout.version != recipe.layout_version:
         raise VerificationError(
             f"module {module.name}: layout {recipe.layout} version {recipe.layout_version} is not "
-            "known to this ctconvert; use the one that wrote it"
+            "known to this ctconvert; use the one that wrote it",
+            module=module.name,
         )
     logical = module.logical
     return Binding(

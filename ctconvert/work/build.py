@@ -237,7 +237,8 @@ class _Build:
                 self.staging.discard()
                 raise ConversionError(
                     f"{self.store.path(name)}: changed while it was being converted; nothing was "
-                    "kept"
+                    "kept",
+                    file=self.store.path(name),
                 )
 
 

@@ -1,0 +1,100 @@
+"""The checkpoint that is served: what its manifest says of each module, by vLLM's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ctconvert.errors import UsageError, VerificationError
+from ctconvert.output import Output
+from ctconvert.records import Convert, Manifest
+from ctconvert.store.checkpoint import MANIFEST
+
+#: Ends the names of tensors that only the way back to the source needs.
+UNREAD = ("_source", "_lost")
+
+
+class Served:
+    """A converted checkpoint, checked: its manifest, files, headers, layouts and their versions.
+
+    Args:
+        model: a directory, or a Hub id, of which only the manifest is there yet.
+        revision: of the Hub repository.
+
+    Raises:
+        UsageError: it cannot be reached, or is a restored checkpoint.
+        VerificationError: it is damaged, or made by another version of this package.
+    """
+
+    def __init__(self, model: str, revision: str | None = None) -> None:
+        self.model, self.revision = model, revision
+        self.plan = _manifest(model, revision).plan
+        if self.plan.kind != "converted":
+            raise UsageError(f"{model}: a restored checkpoint, which vLLM loads without ctconvert")
+        self.modules = {module.name: module for module in self.plan.modules}
+        for module in self.plan.modules:
+            _check_layout(module)
+
+    def __reduce__(self) -> tuple[type[Served], tuple[str, str | None]]:
+        """Other processes open it again: a large model's manifest is not sent to them."""
+        return Served, (self.model, self.revision)
+
+    def rename(self, names: Callable[[list[str]], list[str]]) -> None:
+        """Takes the modules by other names, as a model of vLLM's calls them.
+
+        Raises:
+            VerificationError: two modules get one name.
+        """
+        renamed: dict[str, Convert] = {}
+        for name, module in self.modules.items():
+            new = next(iter(names([name])), name)
+            if new in renamed:
+                raise VerificationError(
+                    f"module {module.name}: vLLM has one name, {new}, for it and "
+                    f"{renamed[new].name}"
+                )
+            renamed[new] = module
+        self.modules = renamed
+
+    def parts(self, prefix: str, joined: Sequence[str]) -> list[Convert]:
+        """The converted modules that a layer of vLLM's is made of, in order; none if it is not.
+
+        Args:
+            prefix: the layer's name.
+            joined: last names of the modules that vLLM joins under it, empty for no joint.
+
+        Raises:
+            VerificationError: some of its parts are converted and some are not.
+        """
+        if prefix in self.modules:
+            return [self.modules[prefix]]
+        parent, dot, _ = prefix.rpartition(".")
+        names = [f"{parent}{dot}{leaf}" for leaf in joined]
+        found = [self.modules[name] for name in names if name in self.modules]
+        if found and len(found) != len(names):
+            missing = next(name for name in names if name not in self.modules)
+            raise VerificationError(
+                f"module {prefix}: vLLM joins {', '.join(joined)}, and {missing} is not converted "
+                "as the others are; convert with all of them, or none (--exclude)"
+            )
+        return found
+
+
+def _manifest(model: str, revision: str | None) -> Manifest:
+    if Path(model).is_dir():
+        return Output.open(model).manifest
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(model, MANIFEST, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(f"{model}: its {MANIFEST} cannot be read: {first}") from None
+    return Manifest.parse(path.read_bytes(), f"{model}/{MANIFEST}")
+
+
+def _check_layout(module: Convert) -> None:
+    from ctconvert.runtime.loading import binding
+
+    binding(module)
