@@ -37,6 +37,7 @@ def failures(sink: Sink, device: str = "cpu", advice: str = "") -> Iterator[None
     """
     SIGNALS.advice = advice
     try:
+        sink.begin()
         yield
         sink.end()
         flush()

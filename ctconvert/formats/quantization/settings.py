@@ -179,14 +179,19 @@ class QuantizationSettings:
             self._named.setdefault(target, []).append(name)
 
     @property
+    def targets(self) -> dict[str, list[str]]:
+        """Every target of the config groups, and the groups that have it."""
+        return self._named
+
+    @property
     def groups(self) -> list[str]:
         """The config groups that quantise weights, by name."""
         return [name for name, (scheme, _) in self._groups.items() if scheme.weights is not None]
 
     @property
     def count(self) -> int:
-        """How many schemes there are: config groups, or the sparse scheme alone."""
-        return len(self._groups) or 1
+        """How many schemes there are: config groups, and the one of sparse modules."""
+        return len(self._groups) + (self.sparse_format is not None)
 
     def schemes_of(self, name: str, cls: str) -> list[ModuleScheme]:
         """The scheme of every config group that means module ``name``, were its class ``cls``.
