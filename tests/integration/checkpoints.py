@@ -89,8 +89,10 @@ def write_pair(
     codec = BaseCompressor.get_value_from_registry(str(group["format"]))
     for seed, (name, n, k) in enumerate(_linears(config)):
         tensors = quantised(n, k, group, seed)
-        scale = tensors["weight_scale"]  # of powers of two: every weight is a bfloat16
-        tensors["weight_scale"] = torch.exp2(scale.float().log2().round()).to(scale.dtype)
+        # Powers of two: every weight is a bfloat16. As large as those of 4 bits, whatever the bits.
+        scale = tensors["weight_scale"]
+        power = scale.float().log2().round() + 4 - group["weights"]["num_bits"]
+        tensors["weight_scale"] = torch.exp2(power).to(scale.dtype)
         packed |= {f"{name}.{local}": tensor for local, tensor in tensors.items()}
         weight = codec.decompress(dict(tensors), scheme)["weight"].detach()
         dense[f"{name}.weight"] = weight.bfloat16()

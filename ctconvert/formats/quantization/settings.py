@@ -190,8 +190,8 @@ class QuantizationSettings:
 
     @property
     def count(self) -> int:
-        """How many schemes there are: config groups, or the sparse scheme alone."""
-        return len(self._groups) or 1
+        """How many schemes there are: config groups, and the one of sparse modules."""
+        return len(self._groups) + (self.sparse_format is not None)
 
     def schemes_of(self, name: str, cls: str) -> list[ModuleScheme]:
         """The scheme of every config group that means module ``name``, were its class ``cls``.

@@ -34,7 +34,7 @@ def method(served: Served, layer: VocabParallelEmbedding, prefix: str) -> Quanti
         if table == head:
             what = "a table to look up" if table else "no table to look up"
             raise UsageError(f"module {prefix}: {what} in layout {parts[0].recipe.layout}")
-        return Table(parts) if table else Vocabulary(parts)
+        return (Table if table else Vocabulary)(parts, served.hashes)
     tables = [m for m in served.plan.modules if binding(m).spec.embedding]
     stored = any(copy.name.startswith("lm_head.") for copy in served.plan.copies)
     return TiedHead() if head and tables and not stored else None
