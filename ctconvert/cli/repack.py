@@ -100,9 +100,7 @@ def repack(
                 max_shard_size=shard,
                 dtype=dtype,
             )
-            with sink.progress() as progress:
-                if progress is not None:
-                    progress.plan(plan)
+            sink.planned(plan)
             sink.show(outline(plan), _print_outline)
             refuse(plan)
             return

@@ -21,7 +21,7 @@ from ctconvert.errors import UsageError
 if TYPE_CHECKING:
     from ctconvert.cli.events import Events
     from ctconvert.progress import Progress
-    from ctconvert.records import Failure
+    from ctconvert.records import Failure, Plan
 
 R = TypeVar("R")
 
@@ -83,6 +83,11 @@ class Sink:
                 events.end(document)
         if self.as_json:
             write(to_json(document))
+
+    def planned(self, plan: Plan) -> None:
+        """Tells programs of a plan that is not carried out."""
+        if self._events is not None:
+            self._events.plan(plan)
 
     @contextmanager
     def progress(self) -> Iterator[Progress | None]:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from ctconvert import codec
-from ctconvert.errors import BadInputError, ConversionError
+from ctconvert.errors import BadInputError
 from ctconvert.planning.describe import Description
 from ctconvert.planning.make import make_plan
 from ctconvert.planning.memory import item_bytes
@@ -88,10 +88,8 @@ class ScanJob(Job):
                         if expert == 0:
                             power = codec.common_power(self.item, read)
                         codec.encode(self.item, expert or 0, read, torch.device("cpu"), power)
-                except (BadInputError, ConversionError) as error:
+                except BadInputError as error:  # any other is no finding
                     damage = damage or str(error)
-                except ValueError as error:
-                    damage = damage or f"module {source.name}: {error}"
             context.progress.advance(source.nbytes // (source.experts or 1))
         findings = list(counts.findings(source.name))
         if damage:
@@ -138,7 +136,7 @@ class _Counts:
             if count:
                 text = f"{count} of {self.scales} scales {'is' if count == 1 else 'are'} {what}"
                 yield _finding(severity, "scale", text, module)
-        for count, what in ((self.empty, "zero"), (self.constant, "constant")):
+        for count, what in ((self.empty, "zero"), (self.constant, "constant, of one code")):
             if count:
                 verb = "is" if count == 1 else "are"
                 text = f"{count} of {self.channels} output channels {verb} {what}"
