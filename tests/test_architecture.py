@@ -134,6 +134,12 @@ def test_nothing_imports_the_command_line() -> None:
     assert all(part_of(module) in ("cli", "__main__") for module in users)
 
 
+def test_nothing_imports_the_integrations() -> None:
+    for module in MODULES:
+        if part_of(module) != "integrations":
+            assert "integrations" not in {part_of(other) for other in imports(module)}, module
+
+
 @pytest.mark.parametrize("kind", ["formats", "layouts"])
 def test_formats_and_layouts_do_not_import_one_another(kind: str) -> None:
     """Each stands on its base alone; the package's ``__init__`` lists them."""
@@ -188,6 +194,7 @@ def loaded_by(code: str, *arguments: object) -> set[str]:
         "import ctconvert",
         "import ctconvert.cli",
         "import ctconvert.api",
+        "import ctconvert.integrations.vllm",
         "import ctconvert.planning.make, ctconvert.layouts, ctconvert.formats",
         "import ctconvert.records\nctconvert.records.schema()",
     ],
