@@ -20,8 +20,18 @@ def main() -> None:
         code = SIGNALS.code or 1
         if line := SIGNALS.line():
             sys.stderr.write(f"error: {line}\n")
+            if "--json" in sys.argv:
+                sys.stdout.write(_stopped(code, line))
     SIGNALS.done(code)
     sys.exit(code)
+
+
+def _stopped(code: int, line: str) -> str:
+    """A ``records.Failure``; the command line's own modules may not be there yet."""
+    import json
+
+    error = {"kind": "Interrupted", "message": line}
+    return json.dumps({"ok": False, "exit_code": code, "error": error, "refusals": []}) + "\n"
 
 
 def _open_standard_files() -> None:

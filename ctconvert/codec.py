@@ -37,7 +37,8 @@ def find_layout(module: str, name: str, version: int) -> Layout:
     if layout is None or layout.version != version:
         raise VerificationError(
             f"module {module}: layout {name} version {version} is not known to this ctconvert; "
-            "use the one that wrote it"
+            "use the one that wrote it",
+            module=module,
         )
     return layout
 
@@ -52,19 +53,22 @@ def source_weight(
     """
     handler = formats.get(source.weight.format)
     if handler is None:
-        raise VerificationError(f"module {source.name}: unknown format {source.weight.format}")
+        raise VerificationError(
+            f"module {source.name}: unknown format {source.weight.format}", module=source.name
+        )
     tensors = {local: read(entry).to(device) for local, entry in source.entries(expert).items()}
     for local in source.zeros:
         zeros = tensors.pop(local)
         if not same_bits(zeros, torch.zeros_like(zeros)):
             raise BadInputError(
                 f"module {source.name}: {local} is not 0 everywhere, and the config says "
-                "symmetric; the config and the tensors contradict each other"
+                "symmetric; the config and the tensors contradict each other",
+                module=source.name,
             )
     try:
         return handler.decode(tensors, source.weight)
     except ValueError as error:
-        raise BadInputError(f"module {source.name}: {error}") from None
+        raise BadInputError(f"module {source.name}: {error}", module=source.name) from None
 
 
 def assemble(
@@ -117,18 +121,22 @@ def encode(
         raise ConversionError(
             f"module {item.name}: {field} is {getattr(weight.spec, field)}, planned "
             f"{getattr(recipe.weight, field)}; this is a bug in ctconvert, and the module was not "
-            "written"
+            "written",
+            module=item.name,
         )
     weight.power = power
     try:
         made = layout.encode(weight)
     except ValueError as error:
-        raise BadInputError(f"module {_unit(item, unit)}: {error}") from None
+        raise BadInputError(
+            f"module {_unit(item, unit)}: {error}", module=_unit(item, unit)
+        ) from None
     check_specs(item, layout, made)
     if wrong := first_difference(weight, layout.decode(made, recipe.weight)):
         raise ConversionError(
             f"module {item.name}: layout {layout.name} does not give back its {wrong}; this is a "
-            "bug in ctconvert, and the module was not written"
+            "bug in ctconvert, and the module was not written",
+            module=item.name,
         )
     return {local: tensor.cpu() for local, tensor in made.items()}
 
@@ -140,7 +148,8 @@ def check_specs(item: Convert, layout: Layout, made: Mapping[str, torch.Tensor])
             have = spec_of(made[local]) if local in made else "nothing"
             raise ConversionError(
                 f"module {item.name}: layout {layout.name} made {have} for {local}, planned "
-                f"{spec}; this is a bug in ctconvert"
+                f"{spec}; this is a bug in ctconvert",
+                module=item.name,
             )
 
 
@@ -176,13 +185,14 @@ def decode(item: Convert, unit: int, read: Read, device: torch.device) -> list[F
     entries = item.locals(unit)
     if not (support := layout.supports(item.logical)):
         raise VerificationError(
-            f"module {item.name}: {layout.name} cannot hold it: {support.reason}"
+            f"module {item.name}: {layout.name} cannot hold it: {support.reason}", module=item.name
         )
     wanted = layout.output_specs(recipe.weight)
     if entries.keys() != wanted.keys():
         raise VerificationError(
             f"module {item.name}: holds {', '.join(entries)}, and layout {layout.name} has "
-            f"{', '.join(wanted)}"
+            f"{', '.join(wanted)}",
+            module=item.name,
         )
     for local, spec in wanted.items():
         if entries[local].spec != spec:
@@ -202,7 +212,9 @@ def decode(item: Convert, unit: int, read: Read, device: torch.device) -> list[F
                 )
         return list(_fragments(item.units[unit], item.specs, weight, 0, 0))
     except ValueError as error:
-        raise VerificationError(f"module {_unit(item, unit)}: {error}") from None
+        raise VerificationError(
+            f"module {_unit(item, unit)}: {error}", module=_unit(item, unit)
+        ) from None
 
 
 def _unit(item: Convert, unit: int) -> str:
@@ -277,6 +289,35 @@ def _incomplete(source: SourceModule) -> VerificationError:
     )
 
 
+def _by_source(
+    item: Restore, unit: int, read: Read, device: torch.device
+) -> Iterator[tuple[SourceModule, int | None, list[Fragment]]]:
+    """What one unit of the modules holds of each source weight: the module, the expert, where."""
+    found: dict[tuple[str, int | None], tuple[SourceModule, list[Fragment]]] = {}
+    for module in item.modules:
+        for fragment in decode(module, unit, read, device):
+            source = module.sources[fragment.part.source]
+            key = source.name, fragment.part.expert
+            found.setdefault(key, (source, []))[1].append(fragment)
+    for (_, expert), (source, fragments) in found.items():
+        yield source, expert, fragments
+
+
+def decoded(
+    item: Restore, unit: int, read: Read, device: torch.device
+) -> Iterator[tuple[SourceModule, int | None, QuantizedWeight]]:
+    """The source weights of one unit, each with its module and expert; ``read`` reads the output.
+
+    Raises:
+        VerificationError: the output is damaged, or does not hold all of a weight.
+    """
+    for source, expert, fragments in _by_source(item, unit, read, device):
+        try:
+            yield source, expert, joined(fragments, source)
+        except ValueError as error:
+            raise VerificationError(f"module {source.name}: {error}", module=source.name) from None
+
+
 def restore(
     item: Restore, unit: int, read: Read, device: torch.device
 ) -> Iterator[tuple[SourceModule, int | None, Tensors]]:
@@ -288,16 +329,13 @@ def restore(
         VerificationError: the output is damaged, or holds another set of tensors, or other ones,
             than the source had.
     """
-    found: dict[tuple[str, int | None], tuple[SourceModule, list[Fragment]]] = {}
-    for module in item.modules:
-        for fragment in decode(module, unit, read, device):
-            source = module.sources[fragment.part.source]
-            key = source.name, fragment.part.expert
-            found.setdefault(key, (source, []))[1].append(fragment)
-    for (name, expert), (source, fragments) in found.items():
+    for source, expert, fragments in _by_source(item, unit, read, device):
+        name = source.name
         handler = formats.get(source.weight.format)
         if handler is None:
-            raise VerificationError(f"module {name}: unknown format {source.weight.format}")
+            raise VerificationError(
+                f"module {name}: unknown format {source.weight.format}", module=name
+            )
         entries = source.entries(expert)
         wanted = entries.keys() - source.values.keys()
         try:
@@ -314,7 +352,7 @@ def restore(
                 if not expert or local not in source.shared
             }
         except ValueError as error:
-            raise VerificationError(f"module {name}: {error}") from None
+            raise VerificationError(f"module {name}: {error}", module=name) from None
         yield source, expert, tensors
 
 
@@ -364,7 +402,8 @@ def compare(item: Convert, unit: int, made: Read, original: Read, device: torch.
         want = cuts.columns(want, fragment.column, fragment.column + have.spec.k)
         if wrong := first_difference(want, have):
             raise VerificationError(
-                f"module {_unit(item, unit)}: {wrong} of {source.name} differs from the source's"
+                f"module {_unit(item, unit)}: {wrong} of {source.name} differs from the source's",
+                module=_unit(item, unit),
             )
         share = have.spec.n * have.spec.k / (source.weight.n * source.weight.k)
         count += int(source.nbytes // (source.experts or 1) * share)

@@ -22,12 +22,17 @@ _TOLERATED = {"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", ".gitattribut
 class Output:
     """A converted or restored checkpoint; sizes and headers are as its manifest says.
 
+    Args:
+        store: where it is.
+        whole: whether all of its files are there, or its weights alone, as in a cache.
+
     Raises:
         VerificationError: the manifest or a header is damaged, a file is missing or too many.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, whole: bool = True) -> None:
         self.store = store
+        self.whole = whole
         with closing(store):  # it can be used again: no file is held open meanwhile
             self.manifest = Manifest.load(store)
             self.plan = self.manifest.plan
@@ -36,24 +41,31 @@ class Output:
     def _check(self) -> None:
         store = self.store
         sizes = store.sizes()
-        for record in self.manifest.files:
+        for record in self._records:
             if record.name not in sizes:
                 reason = store.left_out().get(record.name)
-                raise VerificationError(f"{store.path(record.name)}: {reason or 'missing'}")
+                raise VerificationError(
+                    f"{store.path(record.name)}: {reason or 'missing'}",
+                    file=store.path(record.name),
+                )
             if sizes[record.name] != record.size:
                 raise VerificationError(
-                    f"{store.path(record.name)}: {sizes[record.name]} bytes, expected {record.size}"
+                    f"{store.path(record.name)}: {sizes[record.name]} bytes, "
+                    f"expected {record.size}",
+                    file=store.path(record.name),
                 )
         for shard in self.plan.shards:
             header = self.plan.header(shard)
             if store.read(shard.name, 0, len(header)) != header:
                 raise VerificationError(
                     f"{store.path(shard.name)}: damaged: its header has changed"
-                    f"{self._changed(shard)}"
+                    f"{self._changed(shard)}",
+                    file=store.path(shard.name),
                 )
         if stray := strays(store, self.manifest):
             raise VerificationError(
-                f"{store.path(stray[0])}: not part of this checkpoint; remove it"
+                f"{store.path(stray[0])}: not part of this checkpoint; remove it",
+                file=store.path(stray[0]),
             )
 
     def _changed(self, shard: Shard) -> str:
@@ -95,7 +107,12 @@ class Output:
         Raises:
             ConversionError: a file is no longer the one that was opened.
         """
-        self.store.check_unchanged([MANIFEST, *self.manifest.file_records])
+        self.store.check_unchanged([MANIFEST, *(record.name for record in self._records)])
+
+    @property
+    def _records(self) -> list[FileRecord]:
+        shards = {shard.name for shard in self.plan.shards}
+        return [record for record in self.manifest.files if self.whole or record.name in shards]
 
     def whole_files(self) -> list[FileRecord]:
         """The files whose hash is of the whole: all but the shards."""

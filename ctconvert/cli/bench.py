@@ -35,14 +35,15 @@ def bench(
     A dense bf16 matmul, or look-up, of the same shape is timed beside each. The floor is bytes at
     a copy's rate or flops at a matmul's, whichever is slower.
     """
-    with failures(device):
+    sink = Sink(json_)
+    with failures(sink, device):
         rows = parse_counts(m)
         from ctconvert.runtime import benchmark, chart
 
         if plot is not None:
             chart.check_plot(plot)
         found = benchmark.bench(out, device, rows)
-        Sink(json_).show(found, _print)
+        sink.show(found, _print)
         if plot is not None:
             chart.plot(found, plot)
 

@@ -1,17 +1,24 @@
-"""Every failure ends in one line on stderr and a documented exit code."""
+"""Every failure ends in one line on stderr, with --json in one document too, and an exit code."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import typer
+from msgspec.structs import replace
 
+from ctconvert.cli.sink import Sink
 from ctconvert.cli.streams import flush, say, say_error
 from ctconvert.cli.text import printable
-from ctconvert.errors import CtconvertError, UnsupportedError
+from ctconvert.errors import CtconvertError
 from ctconvert.signals import SIGNALS, Stopped
+
+if TYPE_CHECKING:
+    from ctconvert.records import Failure
 
 #: What :func:`tell` has a line for; any other error is a mistake in this program.
 TOLD = (CtconvertError, OSError, MemoryError, RuntimeError, Stopped, KeyboardInterrupt)
@@ -20,48 +27,91 @@ RESUMES = "; run it again with --resume to continue"
 
 
 @contextmanager
-def failures(device: str = "cpu", advice: str = "") -> Iterator[None]:
+def failures(sink: Sink, device: str = "cpu", advice: str = "") -> Iterator[None]:
     """What a verb runs in.
 
     Args:
+        sink: where its result goes, which ends here.
         device: what may run out of memory.
         advice: what to say to a user who stops it.
     """
     SIGNALS.advice = advice
     try:
+        sink.begin()
         yield
+        sink.end()
         flush()
     except typer.Exit:
         raise
     except TOLD as error:
-        raise typer.Exit(tell(error, device)) from None
+        raise typer.Exit(tell(error, sink, device)) from None
     finally:
         SIGNALS.advice = ""
 
 
-def tell(error: BaseException, device: str = "cpu") -> int:
-    """Writes the line of an error and returns its exit code; raises it where it has none."""
+def tell(error: BaseException, sink: Sink, device: str = "cpu") -> int:
+    """Tells of an error, in a line and in JSON, and returns its exit code.
+
+    An error that is a mistake of this program is raised.
+    """
+    failure = _failure(error, device)
+    if failure is None:
+        raise error
+    if isinstance(error, OSError) and error.filename == "stdout":
+        if not isinstance(error, BrokenPipeError):  # where nobody reads on, nobody needs a line
+            say_error(failure.error.message)
+        return failure.exit_code
+    first, *rest = failure.error.message.split("\n")
+    say_error(first)
+    for line in rest:  # one a refusal
+        say(line)
+    if rest:  # which are records in JSON
+        failure = replace(failure, error=replace(failure.error, message=first.removesuffix(":")))
+    with suppress(OSError):
+        sink.end(failure)
+    return failure.exit_code
+
+
+def tell_mistake(error: Exception, sink: Sink) -> None:
+    """The JSON of what is a mistake of this program; people get its traceback."""
+    with suppress(OSError):
+        sink.end(failed(1, "Internal", f"{type(error).__name__}: {error}"))
+
+
+def failed(code: int, kind: Any, message: str, **about: Any) -> Failure:
+    """The record of a failure."""
+    from ctconvert.records import Error, Failure
+
+    refusals = about.pop("refusals", ())
+    return Failure(
+        exit_code=code, error=Error(kind=kind, message=message, **about), refusals=refusals
+    )
+
+
+def _failure(error: BaseException, device: str) -> Failure | None:
+    """What there is to say of an error; None of a mistake of this program."""
     if isinstance(error, Stopped | KeyboardInterrupt):
-        say_error(SIGNALS.line() or "interrupted" + SIGNALS.advice)
-        return SIGNALS.code or 130
-    if isinstance(error, UnsupportedError):  # one line a refusal
-        first, *refusals = str(error).split("\n")
-        say_error(first)
-        for refusal in refusals:
-            say(refusal)
-        return error.exit_code
+        line = SIGNALS.line() or "interrupted" + SIGNALS.advice
+        return failed(SIGNALS.code or 130, "Interrupted", line)
     if isinstance(error, CtconvertError):
-        say_error(str(error))
-        return error.exit_code
+        message = str(error)
+        if not error.refusals:
+            message = message.replace("\n", "\\n")
+        return failed(
+            error.exit_code,
+            error.kind,
+            message,
+            module=error.module,
+            file=error.file,
+            refusals=error.refusals,
+        )
     if isinstance(error, OSError):
-        if not (isinstance(error, BrokenPipeError) and error.filename == "stdout"):
-            where = f"{error.filename}: " if error.filename else ""
-            say_error(f"{where}{error.strerror or error}")
-        return 1  # where nobody reads on, nobody needs a line
+        name = error.filename and os.fsdecode(error.filename)
+        where = f"{name}: " if name else ""
+        return failed(1, "System", f"{where}{error.strerror or error}", file=name or None)
     if isinstance(error, MemoryError) or _device_is_full(error):
-        say_error(_out_of_memory(device))
-        return 1
-    raise error
+        return failed(1, "OutOfMemory", _out_of_memory(device))
+    return None
 
 
 def _device_is_full(error: BaseException) -> bool:

@@ -25,10 +25,11 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """Show what is in a checkpoint: schemes by module, sizes, oddities."""
-    with failures():
+    sink = Sink(json_)
+    with failures(sink):
         from ctconvert import api
 
-        Sink(json_).show(api.inspect(model, target=target, dtype=dtype), _print)
+        sink.show(api.inspect(model, target=target, dtype=dtype), _print)
 
 
 def _print(sink: Sink, found: Inspection) -> None:

@@ -50,9 +50,10 @@ def layouts(
     json_: Json = False,
 ) -> None:
     """List the layouts, what each takes, and which targets prefer it."""
-    with failures():
+    sink = Sink(json_)
+    with failures(sink):
         found = listing(target)
-        Sink(json_).show(found, _print if target is None else _print_order)
+        sink.show(found, _print if target is None else _print_order)
 
 
 def listing(target: str | None = None) -> Listing:

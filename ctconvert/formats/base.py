@@ -54,7 +54,8 @@ class ModuleTensors:
             raise IncompleteError(
                 f"module {self.module}: tensor {name} is missing (has "
                 f"{', '.join(sorted(self.specs))}); the checkpoint is incomplete or was not made "
-                "by a compressed-tensors producer"
+                "by a compressed-tensors producer",
+                module=self.module,
             )
         return self.specs[name]
 

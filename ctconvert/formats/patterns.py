@@ -16,8 +16,8 @@ import re2
 
 _PREFIX = "re:"
 _LONGEST = 1000
-#: Names whose matches are kept, so that a large model's are looked up once.
-_REMEMBERED = 1_000_000
+#: Names whose matches are kept: one name is looked up several times in a row.
+_REMEMBERED = 1 << 16
 #: What RE2 reads as text, or as a class of letters, and Python as a repeat, or as text.
 _READ_OTHERWISE = ("{,", "[[:")
 _OPTIONS = re2.Options()
@@ -36,6 +36,7 @@ class Pattern:
     """
 
     def __init__(self, text: str) -> None:
+        self.text = text
         name = repr(_PREFIX + (text if len(text) < 80 else text[:77] + "..."))
         if len(text) > _LONGEST:
             raise PatternError(f"{name} is longer than {_LONGEST} characters")
@@ -58,7 +59,21 @@ class Pattern:
 
     def match(self, name: str) -> bool:
         """Whether ``re.match`` would match."""
-        return self._match(name) is not None
+        return self._match(name.encode()) is not None  # of text RE2 would count the characters
+
+
+def _either(patterns: Iterable[Pattern]) -> Pattern | None:
+    """One pattern that matches where any of several does, since most names match none of them.
+
+    None where it cannot be had: it would be too long.
+    """
+    texts = [f"(?:{pattern.text})" for pattern in patterns]
+    if len(texts) < 2:
+        return None
+    try:
+        return Pattern("|".join(texts))
+    except PatternError:
+        return None
 
 
 class Patterns:
@@ -83,6 +98,7 @@ class Patterns:
             for place, entry in enumerate(self.entries)
             if entry.startswith(_PREFIX)
         ]
+        self._any = _either(pattern for _, pattern in self._patterns)
         self._known: dict[str, tuple[int, ...]] = {}
 
     def __bool__(self) -> bool:
@@ -95,9 +111,11 @@ class Patterns:
         if name not in self._known:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            self._known[name] = tuple(
-                place for place, pattern in self._patterns if pattern.match(name)
-            )
+            self._known[name] = ()
+            if self._any is None or self._any.match(name):
+                self._known[name] = tuple(
+                    place for place, pattern in self._patterns if pattern.match(name)
+                )
         return self._known[name]
 
     def all(self, name: str, cls: str | None = None) -> list[str]:

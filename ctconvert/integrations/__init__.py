@@ -1,1 +1,1 @@
-"""Engines that run what this package writes; nothing else here imports them."""
+"""Converted checkpoints in other people's engines."""

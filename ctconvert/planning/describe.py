@@ -17,6 +17,8 @@ from ctconvert.store.safetensors import TensorEntry
 #: How names of packed codes end in conventions that are not compressed-tensors'.
 _PACKED_ENDINGS = ("_packed", "_blocks", "_bitmask", "_compressed", ".qweight")
 _FLOATS = ("BF16", "F16", "F32")
+_FP8 = ("F8_E4M3", "F8_E5M2")
+_INTS = ("I8", "U8")
 #: How 3-D experts without modules of their own name the tensors of a projection, and what they are.
 _EXPERT_ENDINGS = {
     "_packed": "weight_packed",
@@ -26,6 +28,11 @@ _EXPERT_ENDINGS = {
     "_g_idx": "weight_g_idx",
     "_global_scale": "weight_global_scale",
     "_bias": "bias",
+    "_input_scale": "input_scale",
+    "_input_zero_point": "input_zero_point",
+    "_input_global_scale": "input_global_scale",
+    "_output_scale": "output_scale",
+    "_output_zero_point": "output_zero_point",
 }
 #: The most bytes of a few-element tensor; every expert may have a shape.
 _FEW = {"weight_shape": 1 << 14}
@@ -138,26 +145,40 @@ def _unreadable(plain: Mapping[str, TensorEntry]) -> Iterator[Module]:
                 "format names them so"
             )
             yield Module(name, "unknown", "unknown", {local: entry}, reason=reason, fault=True)
-        elif len(entry.spec.shape) == 3 and entry.spec.dtype in _FLOATS:
-            scales = [f"{name}{ending}" for ending in ("_scale", "_weight_scale", "_scales")]
-            for scale in scales:
-                if scale in plain:
-                    entries = {local: entry, scale.rpartition(".")[2]: plain[scale]}
-                    reason = (
-                        f"tensor {name}, {entry.spec}, is unquantised, and {scale} stands beside "
-                        "it; save the model again with save_compressed=True"
-                    )
-                    yield Module(name, "dense", "dense", entries, reason=reason)
+            continue
+        beside = (f"{name}{ending}" for ending in ("_scale", "_weight_scale", "_scales"))
+        scale = next((scale for scale in beside if scale in plain), None)
+        entries = {local: entry}
+        if scale is not None:
+            entries[scale.rpartition(".")[2]] = plain[scale]
+        experts = len(entry.spec.shape) == 3 and scale is not None
+        if experts and entry.spec.dtype in _FLOATS:
+            reason = (
+                f"tensor {name}, {entry.spec}, is unquantised, and {scale} stands beside it; save "
+                "the model again with save_compressed=True"
+            )
+            yield Module(name, "dense", "dense", entries, reason=reason)
+        elif (experts and entry.spec.dtype in _INTS) or (
+            len(entry.spec.shape) > 1 and entry.spec.dtype in _FP8
+        ):
+            reason = (
+                f"tensor {name}, {entry.spec}, is quantised, but no compressed-tensors format "
+                "names its weight so"
+            )
+            yield Module(name, "unknown", "unknown", entries, reason=reason, fault=True)
 
 
 def _oddities(
     checkpoint: Checkpoint, settings: QuantizationSettings, modules: Mapping[str, Module]
 ) -> Iterator[str]:
     places = copies_of_config(checkpoint.config)
-    values = [value_at(checkpoint.config, path) for path in places]
-    if any(value != values[0] for value in values):
-        first, *others = (".".join(path) for path in places)
-        yield f"config.json: {', '.join(others)} holds another config than {first}, which counts"
+    first = value_at(checkpoint.config, places[0])
+    if differing := [path for path in places if value_at(checkpoint.config, path) != first]:
+        named = ", ".join(".".join(path) for path in differing)
+        verb = "holds" if len(differing) == 1 else "hold"
+        yield (
+            f"config.json: {named} {verb} another config than {'.'.join(places[0])}, which counts"
+        )
     if checkpoint.config.get("tie_word_embeddings") and not any(
         name.split(".")[-2:-1] == ["lm_head"] for name in checkpoint.tensors
     ):

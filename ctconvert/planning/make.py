@@ -132,7 +132,9 @@ def refuse(plan: Plan) -> None:
             others += ", ...)" if count > 1 else ")"
         raise BadInputError(
             f"module {faults[0].module}: {faults[0].reason}{others}; --keep-unsupported copies "
-            "such modules unchanged"
+            "such modules unchanged",
+            module=faults[0].module,
+            refusals=faults,
         )
     if plan.refusals:
         lines = "".join(f"\n  {refusal}" for refusal in plan.refusals)
@@ -140,7 +142,8 @@ def refuse(plan: Plan) -> None:
         raise UnsupportedError(
             f"target {plan.options.target} has no layout for {count} "
             f"module{'s' * (count > 1)}; nothing was written (--keep-unsupported copies "
-            f"them unchanged):{lines}"
+            f"them unchanged):{lines}",
+            refusals=plan.refusals,
         )
 
 

@@ -55,14 +55,17 @@ def dense_bytes(item: Convert) -> int:
 
 def budget(plan: Plan, compare: bool = False) -> int:
     """Bytes that the units in flight may hold between them: the largest, and room for others."""
-    largest = max(
-        (
-            comparison_bytes(item) if compare and isinstance(item, Convert) else item_bytes(item)
-            for item in plan.items
-        ),
-        default=0,
-    )
-    return _ROOM + largest
+    kinds: dict[object, Item] = {}  # most modules of a model are alike
+    for item in plan.items:
+        if isinstance(item, Convert):
+            kinds[id(item.recipe), item.input_bytes, item.output_bytes] = item
+        else:
+            kinds[id(item)] = item
+    sizes = [
+        comparison_bytes(item) if compare and isinstance(item, Convert) else item_bytes(item)
+        for item in kinds.values()
+    ]
+    return _ROOM + max(sizes, default=0)
 
 
 def peak_memory(plan: Plan) -> int:

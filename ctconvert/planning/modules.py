@@ -67,11 +67,15 @@ def _few(module: str, local: str, data: bytes, spec: TensorSpec) -> list[float]:
     try:
         values = numbers(data, spec)
     except BadInputError as error:
-        raise BadInputError(f"module {module}: {local}: {error}") from None
+        raise BadInputError(f"module {module}: {local}: {error}", module=module) from None
     if local.endswith("zero_point") and not all(map(math.isfinite, values)):
-        raise BadInputError(f"module {module}: {local} is {values}, not a whole number")
+        raise BadInputError(
+            f"module {module}: {local} is {values}, not a whole number", module=module
+        )
     if local == "weight_shape" and spec.shape[1:] == (2,) and values != values[-2:] * spec.shape[0]:
-        raise BadInputError(f"module {module}: {local} says that its experts differ in shape")
+        raise BadInputError(
+            f"module {module}: {local} says that its experts differ in shape", module=module
+        )
     return values[-2:]
 
 
@@ -84,6 +88,7 @@ class _Kind:
     """
 
     spec: WeightSpec | None
+    label: str = ""
     owned: list[str] = field(default_factory=list)
     valued: list[str] = field(default_factory=list)
     zeros: tuple[str, ...] = ()
@@ -121,7 +126,7 @@ class Reader:
         """
         kind = self._kind(name, scheme, entries)
         if kind.incomplete:
-            raise IncompleteError(f"module {name}: {kind.reason}")
+            raise IncompleteError(f"module {name}: {kind.reason}", module=name)
         if kind.spec is None:
             found = Module(name, scheme.format, _label(scheme), entries)
         else:
@@ -135,7 +140,7 @@ class Reader:
                 zeros=kind.zeros,
                 beside={key: entries[key] for key in kind.beside},
             )
-            found = Module(name, scheme.format, kind.spec.label, entries, source)
+            found = Module(name, scheme.format, kind.label, entries, source)
         found.scheme, found.uncalibrated = scheme, kind.uncalibrated
         found.reason, found.fault = kind.reason, kind.fault
         cls = "Embedding" if kind.spec and kind.spec.embedding else "Linear"
@@ -230,6 +235,7 @@ class Reader:
             reason = f"holds {', '.join(unknown)}, which its scheme ({spec.label}) does not explain"
         return _Kind(
             spec,
+            spec.label,
             owned=[key for key in entries if key in owned],
             valued=[key for key in sorted(owned) if key in values],
             zeros=zeros,

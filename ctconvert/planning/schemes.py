@@ -23,7 +23,18 @@ from ctconvert.formats.quantization.names import other_names
 from ctconvert.planning.modules import Entries, Module, Reader
 
 #: Tensors that show a module's weight is quantised, whatever the config says.
-_EVIDENCE = frozenset({"weight_packed", "weight_scale", "compressed", "weight_global_scale"})
+_EVIDENCE = frozenset(
+    {
+        "weight_packed",
+        "weight_scale",
+        "weight_global_scale",
+        "weight_zero_point",
+        "weight_g_idx",
+        "weight_shape",
+        "compressed",
+        "bitmask",
+    }
+)
 _QUANTISED_DTYPES = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2"})
 
 
@@ -85,6 +96,8 @@ class Matcher:
         """No group means the module under its name: another name of it, or the group that fits."""
         candidates: dict[str, tuple[ModuleScheme, str]] = {}
         for other in other_names(name):
+            if len(candidates) == self.settings.count:
+                break  # every group has one
             for scheme in self.settings.schemes_of(other, guess_class(other)):
                 candidates.setdefault(scheme.group, (scheme, other))
         fitting = [pair for pair in candidates.values() if self.reader.fits(name, pair[0], entries)]

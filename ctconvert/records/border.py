@@ -34,6 +34,6 @@ def from_json(data: bytes, kind: type[T], where: str) -> T:
             char if char.isprintable() else char.encode("unicode_escape").decode()
             for char in str(error)
         )
-        raise VerificationError(f"{where}: damaged: {text}") from None
+        raise VerificationError(f"{where}: damaged: {text}", file=where) from None
     except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{where}: damaged: not valid JSON ({error})") from None
+        raise VerificationError(f"{where}: damaged: not valid JSON ({error})", file=where) from None

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from ctconvert.assembly import assembled, leaves
-from ctconvert.errors import VerificationError
+from ctconvert.errors import NoManifestError, VerificationError
 from ctconvert.records.border import Sha256, from_json, to_json
 from ctconvert.records.plan import Convert, Plan, Restore
 from ctconvert.records.sources import wrong_source, wrong_units
@@ -63,14 +63,23 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
         """Reads and checks the manifest of an output.
 
         Raises:
-            VerificationError: it is missing, damaged, or of a version this program does not read.
+            NoManifestError: there is none.
+            VerificationError: it is damaged, or of a version this program does not read.
         """
         if MANIFEST not in store.sizes():
-            raise VerificationError(
-                f"{store.where}: no {MANIFEST}, so this is no complete ctconvert checkpoint"
+            if reason := store.left_out().get(MANIFEST):
+                raise VerificationError(
+                    f"{store.path(MANIFEST)}: {reason}", file=store.path(MANIFEST)
+                )
+            raise NoManifestError(
+                f"{store.where}: no {MANIFEST}, so this is no checkpoint that ctconvert made; name "
+                "the OUT of a repack or restore",
+                file=store.path(MANIFEST),
             )
         if store.sizes()[MANIFEST] > _LARGEST:
-            raise VerificationError(f"{store.path(MANIFEST)}: too large for a manifest")
+            raise VerificationError(
+                f"{store.path(MANIFEST)}: too large for a manifest", file=store.path(MANIFEST)
+            )
         return cls.parse(store.read(MANIFEST), store.path(MANIFEST))
 
     @classmethod
@@ -84,14 +93,17 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
         if head.format_version != FORMAT_VERSION:
             raise VerificationError(
                 f"{where}: format_version {head.format_version}, and this program reads "
-                f"{FORMAT_VERSION}; use the ctconvert that wrote it, or convert the source again"
+                f"{FORMAT_VERSION}; use the ctconvert that wrote it, or convert the source again",
+                file=where,
             )
         digest = head.manifest_sha256
         if len(digest) != 64 or _own_hash(data, digest) != digest:
-            raise VerificationError(f"{where}: damaged: its contents do not match its own hash")
+            raise VerificationError(
+                f"{where}: damaged: its contents do not match its own hash", file=where
+            )
         manifest = from_json(data, cls, where)
         if wrong := _contradiction(manifest):
-            raise VerificationError(f"{where}: damaged: {wrong}")
+            raise VerificationError(f"{where}: damaged: {wrong}", file=where)
         return manifest
 
     def dump(self) -> bytes:

@@ -163,7 +163,7 @@ class Convert(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="conver
             for unit in self.units
         )
 
-    @property
+    @cached_property
     def output_bytes(self) -> int:
         """Output bytes of one unit."""
         return total_bytes(self.outputs) // len(self.units)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,12 +31,20 @@ class _Kernel(nn.Module):
         self._names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
-        derived = self.kernel.derived(binding, tensors)
+        derived = self._derive(tensors)
         self._derived = tuple(derived)
         for name, tensor in derived.items():
             self.register_buffer(name, tensor, persistent=False)
         self.bias: torch.Tensor | None
         self.register_buffer("bias", bias)
+
+    def _derive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.kernel.derived(self.binding, tensors)
+
+    def refresh(self) -> None:
+        """Works out again what is derived of the tensors, after they have been filled in."""
+        for name, tensor in self._derive(self.tensors()).items():
+            setattr(self, name, tensor)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The layout's tensors by local name."""
@@ -123,12 +132,17 @@ class KernelEmbedding(_Kernel):
 
 
 class KernelExperts(_Kernel):
-    """Stacked experts in one launch: tensors [E, ...], ``out[p] = x[rows[p]] @ W[e]^T + bias[e]``.
+    """Stacked experts: tensors [E, ...], ``out[p] = x[rows[p]] @ W[e]^T + bias[e]``.
 
     x is f16 or bf16 [M, K]; ``rows`` i32 [P] are sorted by expert, of which e has those from
     ``offsets[e]`` to ``offsets[e + 1] - 1``, ``offsets`` being i32 [E + 1]. The result is [P, N] in
-    x's dtype. Only where the kernel is one for stacks; see :meth:`~Loader.modules`.
+    x's dtype. In one launch where the kernel is one for stacks, else expert by expert.
     """
+
+    def _derive(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        count = len(next(iter(tensors.values())))
+        each = [self.kernel.derived(self.binding, expert_tensors(tensors, e)) for e in range(count)]
+        return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
     @property
     def experts(self) -> int:
@@ -136,8 +150,25 @@ class KernelExperts(_Kernel):
 
     def forward(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         grouped = self.kernel.grouped(self.binding.spec)
-        assert grouped is not None
-        return grouped(self.binding, self.tensors(), x.contiguous(), rows, offsets, self.bias)
+        if grouped is not None:
+            return grouped(self.binding, self.tensors(), x.contiguous(), rows, offsets, self.bias)
+        held = {name: self.get_buffer(name) for name in (*self._names, *self._derived)}
+        out = x.new_empty((len(rows), self.binding.spec.n))
+        for expert, (start, end) in enumerate(pairwise(offsets.tolist())):
+            if start < end:
+                bias = None if self.bias is None else self.bias[expert]
+                given = x[rows[start:end].long()]
+                out[start:end] = self.kernel.run(
+                    self.binding, expert_tensors(held, expert), given, bias
+                )
+        return out
+
+
+def expert_tensors(tensors: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+    """One expert's of stacked tensors; of a vector, a single element [1]."""
+    return {
+        local: tensor[index].reshape(tensor.shape[1:] or (1,)) for local, tensor in tensors.items()
+    }
 
 
 class TiedHead(nn.Module):

@@ -31,6 +31,8 @@ _FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-w", "-X
 class KernelUnavailableError(CtconvertError, RuntimeError):
     """A kernel cannot be built or run on this machine; the message says what to do."""
 
+    kind = "KernelUnavailable"
+
 
 def find_nvcc() -> Path:
     """The nvcc of ``CUDA_HOME``, else of ``PATH``, else of ``/usr/local/cuda``.

@@ -180,7 +180,8 @@ def _check(
     if not found.error <= tolerance:
         raise VerificationError(
             f"module {name}: the {layout} kernel is off by {found.error:.2e} ({found.case}), more "
-            f"than the tolerance {tolerance:.0e}"
+            f"than the tolerance {tolerance:.0e}",
+            module=name,
         )
     return KernelRun(layout, 1, found.error, name, found.case, tolerance, module.kernel.plain)
 

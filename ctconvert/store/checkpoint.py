@@ -79,7 +79,8 @@ class Checkpoint:
         for name, shard in (weight_map or {}).items():
             if name not in self.tensors:
                 raise BadInputError(
-                    f"{store.path(INDEX)}: places tensor {name} in {shard}, which does not hold it"
+                    f"{store.path(INDEX)}: places tensor {name} in {shard}, which does not hold it",
+                    file=store.path(INDEX),
                 )
 
     def _add(self, entry: TensorEntry, shard: str, weight_map: dict[str, str] | None) -> None:
@@ -91,11 +92,13 @@ class Checkpoint:
                 return
             raise BadInputError(
                 f"{where}: holds tensor {entry.name}, which the index places in {listed}; the "
-                "index and the shards do not belong together"
+                "index and the shards do not belong together",
+                file=where,
             )
         if entry.name in self.tensors:
             raise BadInputError(
-                f"{where}: tensor {entry.name} is also in {self.tensors[entry.name].file}"
+                f"{where}: tensor {entry.name} is also in {self.tensors[entry.name].file}",
+                file=where,
             )
         self.tensors[entry.name] = entry
 
@@ -148,7 +151,8 @@ def _read_json(store: Store, name: str) -> bytes:
         )
     if store.sizes()[name] > _MAX_JSON:
         raise BadInputError(
-            f"{store.path(name)}: {store.sizes()[name]} bytes is too large for a {name}"
+            f"{store.path(name)}: {store.sizes()[name]} bytes is too large for a {name}",
+            file=store.path(name),
         )
     return store.read(name)
 
@@ -159,9 +163,11 @@ def _config(store: Store) -> tuple[str, dict[str, Any]]:
         text = data.decode()
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{store.path(CONFIG)}: not valid JSON ({error})") from None
+        raise BadInputError(
+            f"{store.path(CONFIG)}: not valid JSON ({error})", file=store.path(CONFIG)
+        ) from None
     if not isinstance(value, dict):
-        raise BadInputError(f"{store.path(CONFIG)}: not a JSON object")
+        raise BadInputError(f"{store.path(CONFIG)}: not a JSON object", file=store.path(CONFIG))
     return text, value
 
 
@@ -171,22 +177,25 @@ def _weight_map(store: Store) -> dict[str, str]:
     try:
         weight_map = msgspec.json.decode(data, type=_Index).weight_map
     except msgspec.ValidationError:
-        raise BadInputError(f"{where}: {_wrong_index(data)}") from None
+        raise BadInputError(f"{where}: {_wrong_index(data)}", file=where) from None
     except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{where}: not valid JSON ({error})") from None
+        raise BadInputError(f"{where}: not valid JSON ({error})", file=where) from None
     if not weight_map:
-        raise BadInputError(f"{where}: no weight_map")
+        raise BadInputError(f"{where}: no weight_map", file=where)
     sizes = store.sizes()
     for file, name in {file: name for name, file in reversed(weight_map.items())}.items():
         if not file.endswith(".safetensors"):
-            raise BadInputError(f"{where}: tensor {name}: {file!r} is no safetensors file")
+            raise BadInputError(
+                f"{where}: tensor {name}: {file!r} is no safetensors file", file=where
+            )
         if file.startswith("/") or "\\" in file or ".." in file.split("/"):
             raise BadInputError(
-                f"{where}: tensor {name}: {file!r} is outside the checkpoint's directory"
+                f"{where}: tensor {name}: {file!r} is outside the checkpoint's directory",
+                file=where,
             )
         if file not in sizes:
             reason = store.left_out().get(file, "not there; the download is incomplete")
-            raise BadInputError(f"{where}: names {file}, which is {reason}")
+            raise BadInputError(f"{where}: names {file}, which is {reason}", file=where)
     return weight_map
 
 

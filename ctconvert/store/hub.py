@@ -45,7 +45,9 @@ class HubStore(Store):
                 path, start=offset, end=offset + len(buffer), cache_type="none"
             )
         if len(data) != len(buffer):
-            raise ConversionError(f"{self.path(name)}: ends at byte {offset + len(data)}")
+            raise ConversionError(
+                f"{self.path(name)}: ends at byte {offset + len(data)}", file=self.path(name)
+            )
         buffer[:] = data
 
     def fingerprint(self, name: str) -> str:

@@ -86,12 +86,13 @@ class LocalStore(Store):
                 count = os.preadv(self._file(name), [buffer[done:]], offset + done)
             except OSError as error:
                 raise ConversionError(
-                    f"{self.root / name}: cannot read: {error.strerror}"
+                    f"{self.root / name}: cannot read: {error.strerror}", file=str(self.root / name)
                 ) from None
             if count == 0:
                 raise ConversionError(
                     f"{self.root / name}: ends at byte {offset + done}; it changed while it was "
-                    "being read"
+                    "being read",
+                    file=str(self.root / name),
                 )
             done += count
 
@@ -119,7 +120,10 @@ class LocalStore(Store):
         except OSError:
             found = ""
         if found != self._prints[name]:
-            raise ConversionError(f"{self.root / name}: changed while it was being read; run again")
+            raise ConversionError(
+                f"{self.root / name}: changed while it was being read; run again",
+                file=str(self.root / name),
+            )
         return found
 
     def close(self) -> None:

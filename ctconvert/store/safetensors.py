@@ -93,17 +93,21 @@ def header_length(prefix: bytes, size: int, where: str) -> int:
         BadInputError: the file is too short for it, or it is out of bounds.
     """
     if len(prefix) < 8:
-        raise BadInputError(f"{where}: {size} bytes is too short for a safetensors file")
+        raise BadInputError(
+            f"{where}: {size} bytes is too short for a safetensors file", file=where
+        )
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER:
         raise BadInputError(
             f"{where}: header length {length} is over {MAX_HEADER}; this is no safetensors file "
-            "or it is damaged"
+            "or it is damaged",
+            file=where,
         )
     if 8 + length > size:
         raise BadInputError(
             f"{where}: truncated: the header needs {8 + length} bytes, the file has {size}; "
-            "download it again"
+            "download it again",
+            file=where,
         )
     return int(length)
 
@@ -145,13 +149,15 @@ def parse_header(text: bytes, size: int, file: str, where: str) -> Header:
         raw_metadata = header.pop("__metadata__", None)
         _check_unique(text, len(header))
     except msgspec.ValidationError:
-        raise BadInputError(f"{where}: the header is not a JSON object") from None
+        raise BadInputError(f"{where}: the header is not a JSON object", file=where) from None
     except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{where}: the header is not valid JSON ({error})") from None
+        raise BadInputError(
+            f"{where}: the header is not valid JSON ({error})", file=where
+        ) from None
     try:
         metadata = {} if raw_metadata is None else _METADATA.decode(raw_metadata) or {}
     except ValueError as error:  # names that are not UTF-8 among them
-        raise BadInputError(f"{where}: the header's __metadata__: {error}") from None
+        raise BadInputError(f"{where}: the header's __metadata__: {error}", file=where) from None
     start, data = 8 + len(text), size - 8 - len(text)
     specs: dict[tuple[str, tuple[int, ...]], TensorSpec] = {}
     found = [_parse_entry(name, raw, file, where, start, specs) for name, raw in header.items()]
@@ -162,17 +168,20 @@ def parse_header(text: bytes, size: int, file: str, where: str) -> Header:
             how = "overlaps another tensor" if item.offset < position else "leaves a gap before it"
             raise BadInputError(
                 f"{where}: tensor {item.name} at data offset {item.offset - start} {how}; the "
-                "file is damaged"
+                "file is damaged",
+                file=where,
             )
         position += item.nbytes
     if position > size:
         raise BadInputError(
             f"{where}: truncated: the header describes {position - start} bytes of data, the "
-            f"file has {data}; download it again"
+            f"file has {data}; download it again",
+            file=where,
         )
     if position < size:
         raise BadInputError(
-            f"{where}: {size - position} bytes follow the last tensor; the file is damaged"
+            f"{where}: {size - position} bytes follow the last tensor; the file is damaged",
+            file=where,
         )
     return Header(found, metadata)
 
@@ -188,18 +197,26 @@ def _parse_entry(
     try:
         entry = _ENTRY.decode(raw)
     except ValueError as error:
-        raise BadInputError(f"{where}: tensor {name}: its header entry: {error}") from None
+        raise BadInputError(
+            f"{where}: tensor {name}: its header entry: {error}", file=where
+        ) from None
     begin, end = entry.data_offsets
     if begin > end:
-        raise BadInputError(f"{where}: tensor {name}: bad data_offsets [{begin}, {end}]")
+        raise BadInputError(
+            f"{where}: tensor {name}: bad data_offsets [{begin}, {end}]", file=where
+        )
     spec = specs.get((entry.dtype, entry.shape))
     if spec is None:
         if entry.dtype not in _DTYPES:
-            raise BadInputError(f"{where}: tensor {name}: unknown dtype {entry.dtype!r}")
+            raise BadInputError(
+                f"{where}: tensor {name}: unknown dtype {entry.dtype!r}", file=where
+            )
         spec = TensorSpec(_DTYPES[entry.dtype], entry.shape)
         specs[entry.dtype, entry.shape] = spec
     if math.prod(spec.shape) * DTYPE_BITS[spec.dtype] != 8 * (end - begin):
-        raise BadInputError(f"{where}: tensor {name}: {spec} does not fill its {end - begin} bytes")
+        raise BadInputError(
+            f"{where}: tensor {name}: {spec} does not fill its {end - begin} bytes", file=where
+        )
     return TensorEntry(name, file, start + begin, spec)
 
 

@@ -81,6 +81,7 @@ def build(plan: Plan, store: Store, out: Path, settings: Settings) -> Report:
     if local is not None:
         check_links(local, out)
     recover(out)
+    settings.progress.plan(plan)
     with closing(store):
         if settings.resume and (done := _complete(plan, store, out, settings)):
             return done
@@ -237,7 +238,8 @@ class _Build:
                 self.staging.discard()
                 raise ConversionError(
                     f"{self.store.path(name)}: changed while it was being converted; nothing was "
-                    "kept"
+                    "kept",
+                    file=self.store.path(name),
                 )
 
 

@@ -91,7 +91,7 @@ class JudgeJob(PartJob):
             rows = slice(fragment.row, fragment.row + ours.shape[0])
             columns = slice(fragment.column, fragment.column + ours.shape[1])
             if wrong := difference(theirs[rows, columns], ours):
-                raise VerificationError(f"module {source.name}: weight{wrong}")
+                raise VerificationError(f"module {source.name}: weight{wrong}", module=source.name)
             found.append("")
         return found
 

@@ -243,7 +243,10 @@ class HashJob(Job):
                     context.progress.advance(len(part))
         found = digest.hexdigest()
         if self.expected is not None and found != self.expected:
-            raise VerificationError(f"{self.what}: damaged: its bytes have changed")
+            raise VerificationError(
+                f"{self.what}: damaged: its bytes have changed",
+                file=context.source.path(self.file),
+            )
         return Done(self, {self.name: found})
 
 

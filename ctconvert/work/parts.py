@@ -66,7 +66,8 @@ class SealJob(Job):
                 if own.hexdigest() != piece.sha256:
                     raise ConversionError(
                         f"tensor {entry.name} in {context.against.path(entry.file)}: reads back as "
-                        "other bytes than were written; look at the disk, then run again"
+                        "other bytes than were written; look at the disk, then run again",
+                        file=context.against.path(entry.file),
                     )
         return Done(self, {entry.name: whole.hexdigest()})
 

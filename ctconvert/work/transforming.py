@@ -167,7 +167,8 @@ class CompareSourcesJob(Job):
                     )
                     if wrong := codec.first_difference(original, made):
                         raise VerificationError(
-                            f"module {self.name}: {wrong} differs from the source's"
+                            f"module {self.name}: {wrong} differs from the source's",
+                            module=self.name,
                         )
                 context.progress.advance(share)
         return Done(self)

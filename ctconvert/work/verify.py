@@ -172,7 +172,8 @@ def _comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
                 why = f": {module.reason}" if module is not None else ""
                 raise VerificationError(
                     f"module {item.name}: its part {recorded.name} is no quantised module of "
-                    f"{where}{why}"
+                    f"{where}{why}",
+                    module=item.name,
                 )
             _check_same(item.name, recorded, module.source, where)
             sources.append(module.source)
@@ -200,7 +201,9 @@ def _restored_comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
 
     where, made = checkpoint.store.where, output.plan.entries
     if output.plan.config != checkpoint.config_text:
-        raise VerificationError(f"{output.store.path(CONFIG)} is not the one of {where}")
+        raise VerificationError(
+            f"{output.store.path(CONFIG)} is not the one of {where}", file=output.store.path(CONFIG)
+        )
     if missing := checkpoint.tensors.keys() - made.keys():
         raise VerificationError(f"tensor {min(missing)} of {where} is missing")
     if over := made.keys() - checkpoint.tensors.keys():
@@ -213,7 +216,9 @@ def _restored_comparisons(output: Output, checkpoint: Checkpoint) -> list[Job]:
             continue
         module = modules.get(source.name)
         if module is None or module.source is None:
-            raise VerificationError(f"module {source.name}: no quantised module of {where}")
+            raise VerificationError(
+                f"module {source.name}: no quantised module of {where}", module=source.name
+            )
         _check_same(source.name, source, module.source, where)
         places = {local: made[entry.name] for local, entry in source.tensors.items()}
         jobs.append(CompareSourcesJob(replace(source, tensors=places), module.source))
@@ -229,11 +234,12 @@ def _check_same(name: str, recorded: SourceModule, found: SourceModule, where: s
         have, want = getattr(recorded.weight, field), getattr(found.weight, field)
         raise VerificationError(
             f"module {name}: {field} of {recorded.name} is {have} in the output and "
-            f"{want} in {where}"
+            f"{want} in {where}",
+            module=name,
         )
     if recorded.experts != found.experts or recorded.beside.keys() != found.beside.keys():
         raise VerificationError(
-            f"module {name}: {recorded.name} of {where} holds other tensors or experts"
+            f"module {name}: {recorded.name} of {where} holds other tensors or experts", module=name
         )
 
 

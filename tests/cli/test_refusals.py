@@ -14,6 +14,7 @@ from conftest import EXAMPLE
 from support.cli import Outcome, environment, program, run
 
 from ctconvert.cli.failures import failures
+from ctconvert.cli.sink import Sink
 
 OPTIONS = ("-t", "triton", "--device", "cpu")
 LONG = "x" * 5000
@@ -187,5 +188,5 @@ def test_other_errors(error: BaseException, line: str, monkeypatch: pytest.Monke
 
 def test_a_mistake_of_this_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (RuntimeError("mistake"), KeyError("mistake")):
-        with pytest.raises(type(error), match="mistake"), failures():
+        with pytest.raises(type(error), match="mistake"), failures(Sink()):
             raise error

@@ -89,7 +89,16 @@ def jobs(step: float, *args: str, ignored: int | None = None) -> Program:
 def test_one_signal(number: int) -> None:
     program = jobs(0.05, "repack", "x", "-t", "triton", "--json")
     program.send(number)
-    assert program.end() == (128 + number, "stopped\n", f"error: {WORDS[number]}{RESUMES}\n")
+    code, stdout, stderr = program.end()
+    line = f"{WORDS[number]}{RESUMES}"
+    assert (code, stderr) == (128 + number, f"error: {line}\n")
+    stopped, _, document = stdout.partition("\n")
+    assert stopped == "stopped" and json.loads(document) == failure(code, line)
+
+
+def failure(code: int, line: str) -> dict[str, object]:
+    error = {"kind": "Interrupted", "message": line}
+    return {"ok": False, "exit_code": code, "error": error, "refusals": []}
 
 
 def test_a_verb_that_stages_nothing_has_nothing_to_resume() -> None:
@@ -116,7 +125,7 @@ def test_a_second_signal_ends_it_at_once(second: int) -> None:
 @pytest.mark.parametrize("numbers", [(INT, INT), (INT, INT, INT), (TERM, TERM), (HUP, TERM)])
 def test_signals_in_a_row(numbers: tuple[int, ...]) -> None:
     """As ``timeout`` and terminals send them; those that come together may have any order."""
-    program = jobs(0.05, "repack", "x", "-t", "triton", "--json")
+    program = jobs(0.05, "repack", "x", "-t", "triton")
     program.send(*numbers)
     code, stdout, stderr = program.end()
     assert code - 128 in numbers and stdout in ("", "stopped\n")
@@ -147,10 +156,12 @@ sys.meta_path.insert(0, Slow())
 from ctconvert.__main__ import main
 main()
 """
-    program = Program(script, "inspect", "x")
+    program = Program(script, "inspect", "x", "--json")
     program.wait_for("ready")
     program.send(number)
-    assert program.end() == (128 + number, "", f"error: {WORDS[number]}\n")
+    code, stdout, stderr = program.end()
+    assert (code, stderr) == (128 + number, f"error: {WORDS[number]}\n")
+    assert json.loads(stdout) == failure(code, WORDS[number])
 
 
 def test_after_the_end() -> None:
@@ -248,7 +259,8 @@ def test_staged_work_is_kept(tmp_path: Path) -> None:
         assert program.process.poll() is None and time.monotonic() < limit
         time.sleep(0.01)
     program.send(TERM, TERM)
-    assert program.end() == (143, "", f"error: stopped by SIGTERM{RESUMES}\n")
+    code, _, stderr = program.end()
+    assert (code, stderr) == (143, f"error: stopped by SIGTERM{RESUMES}\n")
     assert not (tmp_path / "out").exists()
     finished = journal.read_text().count('"shard"')
     outcome = run("repack", model, tmp_path / "out", *OPTIONS, "--resume")

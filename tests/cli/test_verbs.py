@@ -16,7 +16,7 @@ from ctconvert.layouts import LAYOUTS, MACHINES, QUANTISED_ACTIVATIONS, TARGETS
 from ctconvert.planning.outline import outline
 from ctconvert.records import to_json
 
-VERBS = ("inspect", "repack", "verify", "restore", "bench", "layouts", "schema")
+VERBS = ("inspect", "doctor", "repack", "verify", "diff", "restore", "bench", "layouts", "schema")
 OPTIONS = ("-t", "triton", "--device", "cpu")
 
 
@@ -107,7 +107,7 @@ def test_dry_run_as_json(tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found.keys() == {
-        *("target", "modules", "copied", "kept", "refused", "shards", "side_files", "notes"),
+        *("ok", "target", "modules", "copied", "kept", "refused", "shards", "side_files", "notes"),
         *("source_bytes", "output_bytes", "disk_bytes", "peak_memory_bytes"),
     }
     assert found["shards"][0]["name"] == "model.safetensors"

@@ -152,6 +152,9 @@ def test_every_copy_of_the_config_is_replaced(tmp_path: Path) -> None:
         "quantization_config": config["quantization_config"],
         "compression_config": config["quantization_config"] | {"version": "0.9"},
     }
+    of_thinker = {"quantization_config": config["quantization_config"]}
+    config["thinker_config"] = {"text_config": of_thinker}
+    config["vision_config"] = {"quantization_config": {"quant_method": "fp8"}}
     (source / "config.json").write_text(json.dumps(config, indent=3))
     report = convert_and_back(source, tmp_path, "triton")
     made = json.loads((tmp_path / "triton-out" / "config.json").read_text())
@@ -160,4 +163,6 @@ def test_every_copy_of_the_config_is_replaced(tmp_path: Path) -> None:
     assert made["text_config"]["quantization_config"] == ours
     assert made["text_config"]["compression_config"] == ours
     assert made["text_config"]["hidden_size"] == 96
+    assert made["thinker_config"]["text_config"]["quantization_config"] == ours
+    assert made["vision_config"] == config["vision_config"]
     assert any("text_config.compression_config holds another" in note for note in report.notes)

@@ -91,6 +91,16 @@ def test_a_pattern_is_what_re_matches(text: str) -> None:
         assert listed.any(name) == expected(text, name), name
 
 
+@pytest.mark.parametrize("first", EXPRESSIONS)
+def test_several_patterns_are_each_what_re_matches(first: str) -> None:
+    for second in EXPRESSIONS:
+        texts = list(dict.fromkeys([first, second]))
+        listed = Patterns([f"re:{text}" for text in texts])
+        for name in NAMES:
+            want = [f"re:{text}" for text in texts if expected(text, name)]
+            assert listed.all(name) == want, (texts, name)
+
+
 ATOMS = [
     *("a", "ab", ".", r"\.", "[ab]", "[^a]", r"\d", "(a|b)", "(?:ab)", "$", "^", r"\b", "}"),
     *("x{y}", r"\-", "0", "|", "[]a]", "(?i:A)", r"\w", "é", r"\x61b"),

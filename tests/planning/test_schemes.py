@@ -215,6 +215,48 @@ def test_float_experts_with_scales_beside_them_are_named() -> None:
     assert {name, f"{name}_scale"} == {copy.name for copy in kept.copies}
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("scale", ["_scale", "_weight_scale"])
+def test_quantised_experts_that_no_format_names_so_are_faults(
+    dtype: torch.dtype, scale: str
+) -> None:
+    name = "model.layers.0.experts.gate_up_proj"
+    stored = {name: torch.ones(3, 64, 96).to(dtype), f"{name}{scale}": torch.rand(3, 64, 1)}
+    plan = planned(packed(UP) | stored, config_of(W4), "triton")
+    assert [(refusal.module, refusal.fault) for refusal in plan.refusals] == [(name, True)]
+    assert "no compressed-tensors format names" in plan.refusals[0].reason
+    kept = planned(packed(UP) | stored, config_of(W4), "triton", keep_unsupported=True)
+    assert stored.keys() == {copy.name for copy in kept.copies}
+
+
+def test_fp8_parameters_that_are_no_weight_of_a_module_are_faults() -> None:
+    name = "vision.attn.in_proj_weight"
+    stored = {name: torch.ones(64, 96).to(torch.float8_e4m3fn)}
+    plan = planned(packed(UP) | stored, config_of(W4), "triton")
+    assert [(refusal.module, refusal.fault) for refusal in plan.refusals] == [(name, True)]
+
+
+def test_activation_scales_of_experts_that_are_parameters_are_theirs() -> None:
+    name = "model.layers.0.experts.gate_up_proj"
+    tensors = packed(UP) | as_parameters(experts(name, 64, 96, W4), name)
+    tensors[f"{name}_input_scale"] = torch.ones(3)
+    found = described(tensors, config_of(W4)).modules[name]
+    assert "holds input_scale, which its scheme" in found.reason
+
+
+@pytest.mark.parametrize("local", ["weight_zero_point", "weight_g_idx", "weight_shape"])
+def test_a_float_weight_with_a_quantisation_tensor_beside_it_is_a_fault(local: str) -> None:
+    tensors = packed(UP) | dense(DOWN) | {f"{DOWN}.{local}": torch.zeros(96, dtype=torch.int32)}
+    plan = planned(tensors, config_of(W4), "triton")
+    assert [(refusal.module, refusal.fault) for refusal in plan.refusals] == [(DOWN, True)]
+
+
+def test_a_module_of_which_little_is_left_is_a_fault() -> None:
+    tensors = packed(UP) | {f"{DOWN}.weight_shape": torch.tensor([64, 96])}
+    plan = planned(tensors, config_of(W4), "triton")
+    assert [(refusal.module, refusal.fault) for refusal in plan.refusals] == [(DOWN, True)]
+
+
 @pytest.mark.parametrize("location", ["weight_input", "weight_output", "input", "q_attn", None])
 def test_rotations_of_weights_are_in_them(location: str | None) -> None:
     apply = [{"targets": ["Linear"], "location": location, "ignore": []}]

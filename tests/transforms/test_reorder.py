@@ -79,6 +79,26 @@ def test_any_view_of_memory(offset: int, either_path: str) -> None:
         assert torch.equal(machete.machete_unpack(same, 4, n, k), words)
 
 
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize(("n", "k"), [(1024, 256), (640, 384)])
+def test_programs_take_every_word_once(name: str, n: int, k: int) -> None:
+    """Where a step of the outermost dimension is whole programs, they run across the steps."""
+    from ctconvert.transforms.reorder import kernel
+
+    if not pytest.importorskip("triton").knobs.runtime.interpret:
+        pytest.skip("needs Triton's interpreter")
+    order = ORDERS[name](n, k)
+    words = random_words(n, k, order.bits)
+    size = order.words + order.words // (order.run or 1) * order.gap
+    made, want = (torch.zeros(size, dtype=torch.int32) for _ in range(2))
+    blocks.reorder(words, want, order)
+    kernel.reorder(words, made, order)
+    assert torch.equal(made, want)
+    back = torch.full_like(words, -1)
+    kernel.restore(made, back, order)
+    assert torch.equal(back, words)
+
+
 @pytest.mark.gpu
 def test_gpu_offsets_of_64_bits() -> None:
     """More than 2**31 words: the last offsets do not fit 32 bits."""

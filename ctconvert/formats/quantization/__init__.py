@@ -5,9 +5,7 @@
 """
 
 from ctconvert.formats.quantization.config import (
-    CONFIG_PATHS,
     OTHER_METHODS,
-    config_of_method,
     copies_of_config,
     with_config,
 )
@@ -22,7 +20,6 @@ from ctconvert.formats.quantization.records import (
 from ctconvert.formats.quantization.settings import QuantizationSettings
 
 __all__ = [
-    "CONFIG_PATHS",
     "FORMAT_NAMES",
     "OTHER_METHODS",
     "ModuleScheme",
@@ -30,7 +27,6 @@ __all__ = [
     "QuantizationSettings",
     "Scheme",
     "activations_label",
-    "config_of_method",
     "copies_of_config",
     "family",
     "guess_class",

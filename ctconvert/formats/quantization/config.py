@@ -21,13 +21,9 @@ OTHER_METHODS: Mapping[str, str] = {
     "ctconvert": "it is already kernel-ready: check it with `ctconvert verify`",
 }
 
-#: Where a config.json may hold the quantisation: multimodal models nest it.
-CONFIG_PATHS = (
-    ("quantization_config",),
-    ("compression_config",),
-    ("text_config", "quantization_config"),
-    ("text_config", "compression_config"),
-)
+#: What a quantisation is called in a config.json, at its top or in a part of it.
+_NAMES = ("quantization_config", "compression_config")
+_OURS = (None, "compressed-tensors", "sparseml")
 
 
 def value_at(config: Any, path: Sequence[str]) -> Any:
@@ -38,8 +34,26 @@ def value_at(config: Any, path: Sequence[str]) -> Any:
 
 
 def copies_of_config(config: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Every place of a config.json that holds a quantisation; the first is the one that counts."""
-    return [path for path in CONFIG_PATHS if value_at(config, path)]
+    """Every place of a config.json that holds the quantisation; the first is the one that counts.
+
+    Multimodal models nest it, in ``text_config``, ``llm_config``, ``thinker_config.text_config``.
+    A part that is quantised by another method keeps that.
+    """
+    found: list[tuple[str, ...]] = []
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), config)]
+    for path, part in waiting:
+        found += [(*path, name) for name in _NAMES if part.get(name)]
+        inner = (key for key in part if key.endswith("_config") and key not in _NAMES)
+        waiting += [
+            ((*path, key), part[key])
+            for key in sorted(inner, key=lambda key: key != "text_config")
+            if isinstance(part[key], dict)
+        ]
+    return [path for path in found if path == found[0] or _is_ours(value_at(config, path))]
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("quant_method") in _OURS
 
 
 def with_config(config: Mapping[str, Any], value: Any) -> dict[str, Any]:
@@ -52,12 +66,3 @@ def with_config(config: Mapping[str, Any], value: Any) -> dict[str, Any]:
             inner = inner[key]
         inner[path[-1]] = value
     return made
-
-
-def config_of_method(config: Mapping[str, Any], method: str) -> tuple[tuple[str, ...], Any] | None:
-    """Where a config.json holds a quantisation of ``method``, and what it is."""
-    for path in CONFIG_PATHS:
-        found = value_at(config, path)
-        if isinstance(found, dict) and found.get("quant_method") == method:
-            return path, found
-    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
 
@@ -52,17 +53,19 @@ def looks_linear(module: str) -> bool:
     return _leaf_is_linear(module.rpartition(".")[2])
 
 
-def other_names(module: str) -> list[str]:
+def other_names(module: str) -> Iterator[str]:
     """The names a module may have in a config that was written of another wrapping of its model.
 
     Its suffixes, longest first, and its name under the prefixes that wrappers of language models
     add. A vision tower's names never become a language model's.
     """
     parts = module.split(".")
-    found = [".".join(parts[place:]) for place in range(1, len(parts))]
+    seen = {module}
+    for place in range(1, len(parts)):
+        seen.add(name := ".".join(parts[place:]))
+        yield name
     first = 0
     while first < len(parts) - 1 and parts[first] in _WRAPPERS:
         first += 1
     inner = ".".join(parts[first:])
-    found += [prefix + inner for prefix in _PREFIXES]
-    return [name for name in dict.fromkeys(found) if name != module]
+    yield from (name for prefix in _PREFIXES if (name := prefix + inner) not in seen)

@@ -62,20 +62,22 @@ class QuantizationSettings:
         if not paths:
             raise BadInputError(
                 f"{where}: no quantization_config, so this is not a compressed-tensors "
-                "checkpoint; quantise it first, for instance with llm-compressor"
+                "checkpoint; quantise it first, for instance with llm-compressor",
+                file=where,
             )
         raw = value_at(config, paths[0])
         if not isinstance(raw, dict):
-            raise BadInputError(f"{where}: quantization_config is not an object")
+            raise BadInputError(f"{where}: quantization_config is not an object", file=where)
         method = raw.get("quant_method")
         # 0.9 and older configs nest everything one level down and may omit quant_method
         if method is None and "config_groups" not in raw and "sparsity_config" not in raw:
-            raise BadInputError(f"{where}: quantization_config names no quant_method")
+            raise BadInputError(f"{where}: quantization_config names no quant_method", file=where)
         if method not in (None, "compressed-tensors", "sparseml"):
             known = OTHER_METHODS.get(method) if isinstance(method, str) else None
             raise BadInputError(
                 f"{where}: quant_method is {shown(method)}, and ctconvert reads compressed-tensors "
-                f"only; {known or 'use the tool that made it'}"
+                f"only; {known or 'use the tool that made it'}",
+                file=where,
             )
         settings = cls(source=raw, where=where)
         settings._parse()
@@ -104,12 +106,14 @@ class QuantizationSettings:
         if self.kv_cache and not quantises and not self.sparse_format:
             raise BadInputError(
                 f"{self.where}: only the KV cache is quantised (kv_cache_scheme), and no weight; "
-                "there is nothing to convert, serve the checkpoint as it is"
+                "there is nothing to convert, serve the checkpoint as it is",
+                file=self.where,
             )
         if not groups and not self.sparse_format:
             raise BadInputError(
                 f"{self.where}: quantization_config has neither config_groups nor a "
-                "sparsity_config, so nothing says which modules are quantised"
+                "sparsity_config, so nothing says which modules are quantised",
+                file=self.where,
             )
         # compressed-tensors' precedence: names, then patterns, both sorted, then class names
         ordered = sorted(self._named, key=lambda target: ("re:" in target, target))
@@ -121,7 +125,9 @@ class QuantizationSettings:
 
     def _object(self, value: Any, what: str) -> dict[str, Any]:
         if not isinstance(value or {}, dict):
-            raise BadInputError(f"{self.where}: quantization_config.{printable(what)} is no object")
+            raise BadInputError(
+                f"{self.where}: quantization_config.{printable(what)} is no object", file=self.where
+            )
         return value or {}
 
     def _patterns(self, value: Any, what: str) -> Patterns:
@@ -130,7 +136,9 @@ class QuantizationSettings:
             return Patterns()
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             what = printable(what)
-            raise BadInputError(f"{self.where}: quantization_config.{what} is not a list of names")
+            raise BadInputError(
+                f"{self.where}: quantization_config.{what} is not a list of names", file=self.where
+            )
         try:
             reading.check_values(value)
             return Patterns(value)
@@ -147,7 +155,9 @@ class QuantizationSettings:
     def _parse_group(self, name: str, group: Any) -> None:
         what = f"config_groups.{name}"
         if not isinstance(group, dict | list):
-            raise BadInputError(f"{self.where}: quantization_config.{printable(what)} is no object")
+            raise BadInputError(
+                f"{self.where}: quantization_config.{printable(what)} is no object", file=self.where
+            )
         try:
             reading.check_values(name)
             reading.check_values(group)
@@ -169,9 +179,19 @@ class QuantizationSettings:
             self._named.setdefault(target, []).append(name)
 
     @property
+    def targets(self) -> dict[str, list[str]]:
+        """Every target of the config groups, and the groups that have it."""
+        return self._named
+
+    @property
     def groups(self) -> list[str]:
         """The config groups that quantise weights, by name."""
         return [name for name, (scheme, _) in self._groups.items() if scheme.weights is not None]
+
+    @property
+    def count(self) -> int:
+        """How many schemes there are: config groups, and the one of sparse modules."""
+        return len(self._groups) + (self.sparse_format is not None)
 
     def schemes_of(self, name: str, cls: str) -> list[ModuleScheme]:
         """The scheme of every config group that means module ``name``, were its class ``cls``.
@@ -186,9 +206,10 @@ class QuantizationSettings:
         if self.sparse_format is not None and not self.sparse_ignore.any(name, cls):
             sparse = self.sparse_targets.first(name, cls)
         found: dict[str, ModuleScheme] = {}
-        if not self.ignore.any(name, cls):
-            for target in [*self._targets.all(name), cls]:
-                for group in reversed(self._named.get(target, ())):  # the last, where two have it
+        targets = [item for item in (*self._targets.all(name), cls) if item in self._named]
+        if targets and not self.ignore.any(name, cls):
+            for target in targets:
+                for group in reversed(self._named[target]):  # the last, where two have it
                     if group not in found:
                         found[group] = self._scheme(group, target, name, sparse is not None)
         if not found and sparse is not None:
@@ -205,7 +226,8 @@ class QuantizationSettings:
             if stored is None:
                 raise BadInputError(
                     f"{self.where}: module {name}: neither its config group nor the config names a "
-                    "format, so nothing says how its tensors are stored"
+                    "format, so nothing says how its tensors are stored",
+                    file=self.where,
                 )
             by = _how(target, name)
             self._known[key] = ModuleScheme(stored, scheme, target, sparse, group, by)

@@ -6,7 +6,8 @@ After: the order's words, i32 and flat.
 A program takes consecutive words of the layout. The words between which codes are exchanged are
 read as tensors of their own, so that an exchange is shifts and masks within a thread; then the
 compiler turns the block round through shared memory and it is stored as one run. Each byte is read
-once and written once.
+once and written once. Programs that run at a time take neighbouring words of the weight: the few
+bytes of a row that each touches meet in the cache as whole lines.
 
 The launchers also take CPU tensors where Triton's interpreter runs the kernels.
 """
@@ -78,11 +79,19 @@ def _parted(words):
 
 
 @triton.jit
+def _program(steps, each):
+    """Which block of words the program takes: of ``steps`` by ``each``, the steps first."""
+    pid = tl.program_id(0)
+    return (pid % steps * each + pid // steps).to(tl.int64)
+
+
+@triton.jit
 def _places(
-    count, size1, size2, stride0, stride1, stride2, tail, ROWS: tl.constexpr, TAIL: tl.constexpr
+    pid, count, size1, size2, stride0, stride1, stride2, tail,
+    ROWS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Offsets of the program's words [rows, tail] in the weight, and which of them exist."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = pid * ROWS + tl.arange(0, ROWS)
     # The place of a row of words in the three outer dimensions.
     third = row % size2
     second = row // size2 % size1
@@ -93,9 +102,30 @@ def _places(
 
 
 @triton.jit
-def _consecutive(total, run, GAP: tl.constexpr, WORDS: tl.constexpr):
+def _runs(
+    pid, count, size1, size2, stride0, stride1, stride2, ROWS: tl.constexpr, TAIL: tl.constexpr
+):  # fmt: skip
+    """:func:`_places` of runs of 2 * TAIL words, at multiples of so many: [rows, 2 * tail]."""
+    at, inside = _places(pid, count, size1, size2, stride0, stride1, stride2, 1, ROWS, 2 * TAIL)
+    return tl.max_contiguous(tl.multiple_of(at, (1, 2 * TAIL)), (1, 2 * TAIL)), inside
+
+
+@triton.jit
+def _load_run(at, inside, ROWS: tl.constexpr, TAIL: tl.constexpr):
+    """The words at even and those at odd places of runs, [rows, tail] each."""
+    return tl.split(tl.load(at, mask=inside, other=0).reshape(ROWS, TAIL, 2))
+
+
+@triton.jit
+def _store_run(at, even, odd, inside, ROWS: tl.constexpr, TAIL: tl.constexpr):
+    """The inverse of :func:`_load_run`."""
+    tl.store(at, tl.join(even, odd).reshape(ROWS, 2 * TAIL), mask=inside)
+
+
+@triton.jit
+def _consecutive(pid, total, run, GAP: tl.constexpr, WORDS: tl.constexpr):
     """Offsets of the program's words in the layout, and which of them exist."""
-    word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    word = pid * WORDS + tl.arange(0, WORDS)
     at = word
     if GAP:
         at += word // run * GAP
@@ -105,16 +135,29 @@ def _consecutive(total, run, GAP: tl.constexpr, WORDS: tl.constexpr):
 @triton.jit
 def _reorder_kernel(
     words, flat, count, size1, size2, stride0, stride1, stride2, tail, in0, in1, in2, run, total,
+    steps, each,
     DIMS: tl.constexpr, SHIFTS: tl.constexpr, MASKS: tl.constexpr, EXCHANGES: tl.constexpr,
-    INNER: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, GAP: tl.constexpr,
+    INNER: tl.constexpr, PAIR: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr, GAP: tl.constexpr,
 ):  # fmt: skip
-    at, inside = _places(count, size1, size2, stride0, stride1, stride2, tail, ROWS, TAIL)
+    pid = _program(steps, each)
+    if PAIR == -1:
+        at, inside = _places(pid, count, size1, size2, stride0, stride1, stride2, tail, ROWS, TAIL)
+    else:
+        at, inside = _runs(pid, count, size1, size2, stride0, stride1, stride2, ROWS, TAIL)
     at += words
     if INNER == 2:
-        w00 = tl.load(at, mask=inside, other=0)
-        w01 = tl.load(at + in1, mask=inside, other=0)
-        w10 = tl.load(at + in0, mask=inside, other=0)
-        w11 = tl.load(at + in0 + in1, mask=inside, other=0)
+        if PAIR == 0:
+            w00, w10 = _load_run(at, inside, ROWS, TAIL)
+            w01, w11 = _load_run(at + in1, inside, ROWS, TAIL)
+        elif PAIR == 1:
+            w00, w01 = _load_run(at, inside, ROWS, TAIL)
+            w10, w11 = _load_run(at + in0, inside, ROWS, TAIL)
+        else:
+            w00 = tl.load(at, mask=inside, other=0)
+            w01 = tl.load(at + in1, mask=inside, other=0)
+            w10 = tl.load(at + in0, mask=inside, other=0)
+            w11 = tl.load(at + in0 + in1, mask=inside, other=0)
         for i in tl.static_range(EXCHANGES):
             w00, w01, w10, w11 = _exchange4(w00, w01, w10, w11, DIMS[i], SHIFTS[i], MASKS[i])
         x = _joined(w00, w01, w10, w11).permute(0, 2, 3, 1)
@@ -135,29 +178,42 @@ def _reorder_kernel(
         x = tl.join(_joined(a00, a01, a10, a11), _joined(b00, b01, b10, b11))
         x = x.permute(0, 4, 2, 3, 1)
     WIDTH: tl.constexpr = TAIL << INNER
-    word, inside = _consecutive(total, run, GAP, ROWS * WIDTH)
+    word, inside = _consecutive(pid, total, run, GAP, ROWS * WIDTH)
     tl.store(flat + word, x.reshape(ROWS * WIDTH), mask=inside)
 
 
 @triton.jit
 def _restore_kernel(
     words, flat, count, size1, size2, stride0, stride1, stride2, tail, in0, in1, in2, run, total,
+    steps, each,
     DIMS: tl.constexpr, SHIFTS: tl.constexpr, MASKS: tl.constexpr, EXCHANGES: tl.constexpr,
-    INNER: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, GAP: tl.constexpr,
+    INNER: tl.constexpr, PAIR: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr, GAP: tl.constexpr,
 ):  # fmt: skip
-    at, inside = _places(count, size1, size2, stride0, stride1, stride2, tail, ROWS, TAIL)
+    pid = _program(steps, each)
+    if PAIR == -1:
+        at, inside = _places(pid, count, size1, size2, stride0, stride1, stride2, tail, ROWS, TAIL)
+    else:
+        at, inside = _runs(pid, count, size1, size2, stride0, stride1, stride2, ROWS, TAIL)
     at += words
     WIDTH: tl.constexpr = TAIL << INNER
-    word, exists = _consecutive(total, run, GAP, ROWS * WIDTH)
+    word, exists = _consecutive(pid, total, run, GAP, ROWS * WIDTH)
     x = tl.load(flat + word, mask=exists, other=0)
     if INNER == 2:
         w00, w01, w10, w11 = _parted(x.reshape(ROWS, 2, 2, TAIL).permute(0, 3, 1, 2))
         for i in tl.static_range(EXCHANGES):
             w00, w01, w10, w11 = _exchange4(w00, w01, w10, w11, DIMS[i], SHIFTS[i], MASKS[i])
-        tl.store(at, w00, mask=inside)
-        tl.store(at + in1, w01, mask=inside)
-        tl.store(at + in0, w10, mask=inside)
-        tl.store(at + in0 + in1, w11, mask=inside)
+        if PAIR == 0:
+            _store_run(at, w00, w10, inside, ROWS, TAIL)
+            _store_run(at + in1, w01, w11, inside, ROWS, TAIL)
+        elif PAIR == 1:
+            _store_run(at, w00, w01, inside, ROWS, TAIL)
+            _store_run(at + in0, w10, w11, inside, ROWS, TAIL)
+        else:
+            tl.store(at, w00, mask=inside)
+            tl.store(at + in1, w01, mask=inside)
+            tl.store(at + in0, w10, mask=inside)
+            tl.store(at + in0 + in1, w11, mask=inside)
     else:
         a, b = tl.split(x.reshape(ROWS, 2, 2, 2, TAIL).permute(0, 4, 2, 3, 1))
         a00, a01, a10, a11 = _parted(a)
@@ -183,12 +239,13 @@ _WORDS, _WARPS = 4096, 4
 
 def reorder(words: torch.Tensor, flat: torch.Tensor, order: Order) -> None:
     """K-packed words i32 [N, K/f] into ``flat``; both contiguous."""
-    _launch(_reorder_kernel, words, flat, order, order.exchanges)
+    pair = _pair(order) if order.tail[0] >= 8 else -1  # shorter runs meet in the first cache
+    _launch(_reorder_kernel, words, flat, order, order.exchanges, pair)
 
 
 def restore(flat: torch.Tensor, words: torch.Tensor, order: Order) -> None:
     """The inverse: ``flat`` into ``words`` i32 [N, K/f]; both contiguous."""
-    _launch(_restore_kernel, words, flat, order, order.exchanges[::-1])
+    _launch(_restore_kernel, words, flat, order, order.exchanges[::-1], _pair(order))
 
 
 def _launch(
@@ -197,6 +254,7 @@ def _launch(
     flat: torch.Tensor,
     order: Order,
     exchanges: tuple[tuple[int, int], ...],
+    pair: int,
 ) -> None:
     outer = ((1, 0), *order.outer)[-3:]
     inner = [stride for _, stride in order.inner]
@@ -204,8 +262,11 @@ def _launch(
     width = size << len(inner)
     count = order.words // width
     rows = _WORDS // width
+    programs, steps = triton.cdiv(count, rows), order.outer[0][0]
+    if count // steps % rows:  # a program would take the end of one step and the next one's start
+        steps = 1
     with on_device(words.device):
-        kernel[(triton.cdiv(count, rows),)](
+        kernel[(programs,)](
             words,
             flat,
             count,
@@ -216,13 +277,29 @@ def _launch(
             *[*inner, 0][:3],
             order.run,
             order.words,
+            steps,
+            programs // steps,
             DIMS=tuple(dim for dim, _ in exchanges),
             SHIFTS=tuple(shift for _, shift in exchanges),
             MASKS=tuple(FIELDS[shift] for _, shift in exchanges),
             EXCHANGES=len(exchanges),
             INNER=len(inner),
+            PAIR=pair,
             ROWS=rows,
             TAIL=size,
             GAP=order.gap,
             num_warps=_WARPS,
         )
+
+
+def _pair(order: Order) -> int:
+    """The inner dimension whose two words and the tail's are one run of words; -1: none is.
+
+    Such runs are read and written whole; word by word a store would take as many transactions.
+    """
+    size, stride = order.tail
+    strides = [stride for _, stride in order.inner]
+    if len(strides) != 2 or stride != 2 or 1 not in strides:
+        return -1
+    others = [stride for _, stride in (*order.outer, *order.inner) if stride != 1]
+    return -1 if any(other % (2 * size) for other in others) else strides.index(1)

@@ -115,7 +115,8 @@ def _byte_value(byte, SCALES: tl.constexpr):
 def _load_scales(s_ptr, g, N, row, CODES: tl.constexpr, SCALES: tl.constexpr, LIFT: tl.constexpr):
     """Scales times LIFT of the rows of both halves in group g, from the grouped order.
 
-    Bytes beside 4-bit codes come as i32 words [K/G, N/4]: a word has both halves of two rows.
+    Bytes come as i32 words [K/G, N/4]: one has both halves of two rows, or four rows of 8-bit
+    codes.
     """
     # n = 16 j + 8 p + i (p the half, i = n % 8) is stored at 8 i + 2 j + p, and a tile's row is
     # 4 i + j (b = 4) or 8 i + 2 j + p (b = 8): the scales already stand in the order of the rows.
@@ -138,10 +139,11 @@ def _load_scales(s_ptr, g, N, row, CODES: tl.constexpr, SCALES: tl.constexpr, LI
         s0 = _byte_value((word >> first) & 255, SCALES) * LIFT
         s1 = _byte_value((word >> second) & 255, SCALES) * LIFT
     else:
-        at = row
-        if SCALES != E4M3_SCALES:
-            at = row // 4 * 4 + row % 2 * 2 + row // 2 % 2
-        s0 = _byte_value(tl.load(s_ptr + g * N + at), SCALES) * LIFT
+        word = tl.load(s_ptr + g * (N // 4) + row // 4)
+        place = row % 4 * 8
+        if SCALES != E4M3_SCALES:  # the two middle ones of four are swapped
+            place = row % 2 * 16 + row // 2 % 2 * 8
+        s0 = _byte_value((word >> place) & 255, SCALES) * LIFT
         s1 = s0
     return s0, s1
 

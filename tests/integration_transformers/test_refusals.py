@@ -1,0 +1,288 @@
+"""Never a silent wrong load: what does not fit is an error that names it, where it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.builders import group_config, module, quantised, weight_args
+from support.cli import environment
+from support.hub import Hub, hub_environment
+from support.reference import load_tensors
+
+transformers = pytest.importorskip("transformers", "5.18", reason="transformers 5.18 is needed")
+
+from support.hf import TINY, write_models  # noqa: E402
+
+import ctconvert  # noqa: E402
+import ctconvert.integrations.transformers  # noqa: E402
+from ctconvert.errors import ConversionError, UsageError, VerificationError  # noqa: E402
+from ctconvert.runtime import load_model  # noqa: E402
+
+INT4 = group_config(weight_args(4, 32))
+MLP = "model.layers.0.mlp"
+IDS = torch.arange(1, 24).reshape(1, -1)
+
+
+def llama(folder: Path, **more: Any) -> Path:
+    """A quantised Llama of two layers."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TINY, dtype=torch.bfloat16, **more)
+    return write_models(transformers.LlamaForCausalLM(config), folder, INT4)[0]
+
+
+def moe(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        **TINY,
+        moe_intermediate_size=96,
+        num_experts=4,
+        num_experts_per_tok=2,
+        dtype=torch.bfloat16,
+    )
+    return write_models(transformers.Qwen3MoeForCausalLM(config), folder, INT4)[0]
+
+
+def changed(source: Path, without: str = "", **more: torch.Tensor) -> Path:
+    """The checkpoint without the tensors of that pattern, and with others."""
+    tensors = load_tensors(source)
+    kept = {name: t for name, t in tensors.items() if not (without and re.search(without, name))}
+    assert not without or len(kept) < len(tensors)
+    save_file(kept | more, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
+def refused(source: Path, kind: type[Exception], says: str, **options: Any) -> None:
+    """Converts it; both ways to load it fail in one line that says so."""
+    out = source.parent / "out"
+    ctconvert.repack(source, out, target="triton", device="cpu", **options)
+    for load in (transformers.AutoModelForCausalLM.from_pretrained, load_model):
+        with pytest.raises(kind, match=says) as raised:
+            load(out)
+        assert "\n" not in str(raised.value)
+
+
+# --- what is missing, left over, or other than the model's ---------------------------------------
+
+
+def test_a_missing_module(tmp_path: Path) -> None:
+    source = changed(llama(tmp_path), rf"{MLP}\.up_proj")
+    refused(source, ConversionError, rf"no tensor for {MLP}\.up_proj\.weight of the model")
+
+
+def test_a_missing_norm(tmp_path: Path) -> None:
+    source = changed(llama(tmp_path), r"^model\.norm")
+    refused(source, ConversionError, r"no tensor for model\.norm\.weight of the model")
+
+
+def test_a_tensor_too_many(tmp_path: Path) -> None:
+    source = changed(llama(tmp_path), **{"model.layers.0.other.weight": torch.ones(3)})
+    refused(source, ConversionError, r"model\.layers\.0\.other\.weight: LlamaForCausalLM has no")
+
+
+def test_a_module_too_many(tmp_path: Path) -> None:
+    extra = module("model.layers.2.mlp.up_proj", quantised(96, 64, INT4, 5))
+    source = changed(llama(tmp_path), **extra)
+    refused(
+        source, ConversionError, r"model\.layers\.2\.mlp\.up_proj: LlamaForCausalLM has no such"
+    )
+
+
+def test_a_module_of_another_shape(tmp_path: Path) -> None:
+    other = module(f"{MLP}.up_proj", quantised(128, 64, INT4, 5))
+    refused(
+        changed(llama(tmp_path), **other),
+        ConversionError,
+        rf"{MLP}\.up_proj: it is \[128, 64\], and .* is Linear \[96, 64\]",
+    )
+
+
+def test_a_plain_tensor_of_another_shape(tmp_path: Path) -> None:
+    other = {"model.norm.weight": torch.ones(65, dtype=torch.bfloat16)}
+    source = changed(llama(tmp_path), **other)
+    refused(source, ConversionError, r"model\.norm\.weight: it is \[65\], .* is \[64\]")
+
+
+def test_one_weight_under_two_names(tmp_path: Path) -> None:
+    """transformers would take either: it finds tensors without the model's own prefix, too."""
+    other = {"norm.weight": torch.ones(64, dtype=torch.bfloat16)}
+    source = changed(llama(tmp_path), **other)
+    refused(source, ConversionError, r"model\.norm\.weight and norm\.weight both are model\.norm")
+
+
+def test_what_was_not_loaded_shows_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the names said before: transformers marks what it has loaded."""
+    quantizer = ctconvert.integrations.transformers.CtconvertQuantizer
+    monkeypatch.setattr(quantizer, "_check_complete", lambda *args: None)
+    source = changed(llama(tmp_path), r"^model\.norm")
+    refused(source, ConversionError, r"model\.norm\.weight of the model was not loaded")
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_bias_the_model_has_not(fuse: bool, tmp_path: Path) -> None:
+    bias = {f"{MLP}.{leaf}.bias": torch.ones(96).bfloat16() for leaf in ("gate_proj", "up_proj")}
+    source = changed(llama(tmp_path), **bias)
+    refused(source, ConversionError, rf"{MLP}\.gate.*: it has a bias, and .* none", fuse=fuse)
+
+
+def test_a_bias_the_checkpoint_has_not(tmp_path: Path) -> None:
+    source = changed(llama(tmp_path, mlp_bias=True), rf"{MLP}\.down_proj\.bias")
+    refused(source, ConversionError, rf"{MLP}\.down_proj: it has no bias, and .* one")
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_experts_that_are_not_all_there(fuse: bool, tmp_path: Path) -> None:
+    source = changed(moe(tmp_path), rf"{MLP}\.experts\.3\.(up|gate|down)_proj")
+    refused(source, ConversionError, r"not all 4 experts of .*experts\.down_proj", fuse=fuse)
+
+
+def test_experts_without_their_up_projections(tmp_path: Path) -> None:
+    source = changed(moe(tmp_path), rf"{MLP}\.experts\.\d\.up_proj")
+    refused(source, ConversionError, r"with 96 rows it is not the whole of .*gate_up_proj")
+
+
+# --- the files -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    ctconvert.repack(llama(tmp_path), tmp_path / "out", target="triton", device="cpu")
+    return tmp_path / "out"
+
+
+def test_a_file_cut_short(out: Path) -> None:
+    file = out / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    for load in (transformers.AutoModelForCausalLM.from_pretrained, load_model):
+        with pytest.raises((VerificationError, UsageError), match=r"model\.safetensors"):
+            load(out)
+
+
+def test_no_manifest(out: Path) -> None:
+    (out / "ctconvert.json").unlink()
+    for load in (transformers.AutoModelForCausalLM.from_pretrained, load_model):
+        with pytest.raises(VerificationError, match=r"no ctconvert\.json"):
+            load(out)
+
+
+def test_a_tensor_renamed_in_the_file(out: Path) -> None:
+    file = out / "model.safetensors"
+    data = file.read_bytes()
+    assert data.count(b"0.mlp.up_proj.qweight") == 1
+    file.write_bytes(data.replace(b"0.mlp.up_proj.qweight", b"0.mlp.up_proj.qweighs"))
+    for load in (transformers.AutoModelForCausalLM.from_pretrained, load_model):
+        with pytest.raises(VerificationError, match="header has changed"):
+            load(out)
+
+
+# --- what is asked for ---------------------------------------------------------------------------
+
+
+def test_float32(out: Path) -> None:
+    for load in (transformers.AutoModelForCausalLM.from_pretrained, load_model):
+        with pytest.raises(
+            UsageError, match=r"float16 and bfloat16 activations, not torch\.float32"
+        ):
+            load(out, dtype=torch.float32)
+
+
+def test_saving(out: Path, tmp_path: Path) -> None:
+    model, _ = load_model(out, "cpu")
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_the_weight_of_a_kernel(out: Path) -> None:
+    """It tells its shape and dtype, and nobody can compute with it."""
+    model, _ = load_model(out, "cpu")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert (weight.shape, weight.dtype) == ((96, 64), torch.bfloat16)
+    assert weight.device.type == "cpu"
+    with pytest.raises(ConversionError, match="computes with the weight of a converted module"):
+        torch.nn.functional.linear(torch.ones(1, 64).bfloat16(), weight)
+
+
+def test_an_adapter(out: Path) -> None:
+    (out / "adapter_config.json").write_text("{}")
+    with pytest.raises((UsageError, VerificationError), match="adapter_config"):
+        load_model(out, "cpu")
+
+
+def test_another_config(out: Path) -> None:
+    file = out / "config.json"
+    config = json.loads(file.read_text()) | {"_attn_implementation": "someone/kernel"}
+    file.write_text(json.dumps(config))
+    with pytest.raises(VerificationError, match=r"config\.json"):
+        load_model(out, "cpu")
+
+
+def test_no_such_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such directory, and not a Hub id"):
+        load_model(tmp_path / "nothing")
+
+
+# --- programs of their own -----------------------------------------------------------------------
+
+#: What transformers alone does: it makes weights up, and only warns.
+WITHOUT = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+made = [AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj.weight
+        for _ in range(2)]
+assert not torch.equal(*made)
+"""
+
+
+def test_without_the_import_weights_are_random(out: Path) -> None:
+    """So the README says in its first lines; the day it is an error there, that line can go."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, str(out)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Unknown quantization type, got ctconvert" in done.stderr
+
+
+FROM_HUB = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+import ctconvert.integrations.transformers
+from ctconvert.runtime import load_model
+ids = torch.arange(1, 24)[None]
+models = [AutoModelForCausalLM.from_pretrained("org/tiny"), load_model("org/tiny", "cpu")[0]]
+torch.save([model(input_ids=ids).logits.detach() for model in models], sys.argv[1])
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    served = Hub()
+    yield served
+    served.close()
+
+
+def test_a_hub_id(out: Path, hub: Hub, tmp_path: Path) -> None:
+    """Plain ``from_pretrained`` fetches the weights alone; the manifest is fetched with them."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    hub.repos["org/tiny"], hub.folders[commit] = {"main": commit}, out
+    script = [sys.executable, "-c", FROM_HUB, str(tmp_path / "logits.pt")]
+    done = subprocess.run(
+        script, env=hub_environment(hub, tmp_path), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    expected = load_model(out, "cpu")[0](input_ids=IDS).logits
+    for found in torch.load(tmp_path / "logits.pt"):
+        assert torch.equal(found, expected)
+    assert hub.sent["ctconvert.json"] == (out / "ctconvert.json").stat().st_size
