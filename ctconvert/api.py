@@ -18,7 +18,7 @@ from ctconvert.planning.describe import describe
 from ctconvert.planning.inspection import Inspection, inspection
 from ctconvert.planning.make import make_plan, restore_plan
 from ctconvert.progress import Progress, Silent
-from ctconvert.records import Options, Plan, Report, Verified
+from ctconvert.records import Differing, Examination, Options, Plan, Report, Verified
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.hub import home_path, open_store
 
@@ -83,6 +83,41 @@ def inspect(
     with _no_collection():
         description = describe(Checkpoint(open_store(str(model), download=False)))
         return inspection(description, None if options is None else make_plan(description, options))
+
+
+def doctor(
+    model: str | Path,
+    *,
+    target: str | None = None,
+    tensor_parallel: Sequence[int] = (1,),
+    data: bool = True,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Examination:
+    """Tells what will go wrong with a checkpoint before it is served.
+
+    Args:
+        model: a directory or a Hub id.
+        target: also look for what no layout of it takes.
+        tensor_parallel: numbers of ranks over which the model shall be split.
+        data: read the weights too, not headers alone.
+        workers: threads.
+        progress: told of bytes done.
+
+    Returns:
+        the content of ``ctconvert doctor --json``; something is wrong where it has ``errors``.
+
+    Raises:
+        UsageError: there is no such model or target.
+        BadInputError: it is no compressed-tensors checkpoint, or a file is damaged.
+        ConversionError: it changed meanwhile.
+    """
+    from ctconvert.work.examining import examine
+
+    executor = _executor(workers) if data else None
+    checkpoint = Checkpoint(open_store(str(model), download=data))
+    with _no_collection():
+        return examine(checkpoint, target, tuple(tensor_parallel), executor, progress or Silent())
 
 
 def plan(
@@ -281,6 +316,38 @@ def verify(
         runs = {run.layout: run for run in proved.runs}
         found = replace(found, kernels=runs, without_kernel=proved.missing)
     return found
+
+
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Differing:
+    """Compares the decoded weights of two checkpoints, source or converted each.
+
+    Args:
+        a, b: directories or Hub ids.
+        workers: threads.
+        progress: told of bytes done.
+
+    Returns:
+        the content of ``ctconvert diff --json``; equal where it has no ``differences``.
+
+    Raises:
+        UsageError: there is no such checkpoint.
+        BadInputError: a source is damaged.
+        VerificationError: a converted checkpoint is damaged.
+        ConversionError: one of them changed meanwhile.
+    """
+    from ctconvert.store.places import recover
+    from ctconvert.work.differing import diff as compare
+
+    for model in (a, b):
+        recover(home_path(model))
+    left, right = (open_store(str(model), download=True) for model in (a, b))
+    return compare(left, right, _executor(workers), progress or Silent())
 
 
 def restore(

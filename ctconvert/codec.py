@@ -289,6 +289,35 @@ def _incomplete(source: SourceModule) -> VerificationError:
     )
 
 
+def _by_source(
+    item: Restore, unit: int, read: Read, device: torch.device
+) -> Iterator[tuple[SourceModule, int | None, list[Fragment]]]:
+    """What one unit of the modules holds of each source weight: the module, the expert, where."""
+    found: dict[tuple[str, int | None], tuple[SourceModule, list[Fragment]]] = {}
+    for module in item.modules:
+        for fragment in decode(module, unit, read, device):
+            source = module.sources[fragment.part.source]
+            key = source.name, fragment.part.expert
+            found.setdefault(key, (source, []))[1].append(fragment)
+    for (_, expert), (source, fragments) in found.items():
+        yield source, expert, fragments
+
+
+def decoded(
+    item: Restore, unit: int, read: Read, device: torch.device
+) -> Iterator[tuple[SourceModule, int | None, QuantizedWeight]]:
+    """The source weights of one unit, each with its module and expert; ``read`` reads the output.
+
+    Raises:
+        VerificationError: the output is damaged, or does not hold all of a weight.
+    """
+    for source, expert, fragments in _by_source(item, unit, read, device):
+        try:
+            yield source, expert, joined(fragments, source)
+        except ValueError as error:
+            raise VerificationError(f"module {source.name}: {error}", module=source.name) from None
+
+
 def restore(
     item: Restore, unit: int, read: Read, device: torch.device
 ) -> Iterator[tuple[SourceModule, int | None, Tensors]]:
@@ -300,13 +329,8 @@ def restore(
         VerificationError: the output is damaged, or holds another set of tensors, or other ones,
             than the source had.
     """
-    found: dict[tuple[str, int | None], tuple[SourceModule, list[Fragment]]] = {}
-    for module in item.modules:
-        for fragment in decode(module, unit, read, device):
-            source = module.sources[fragment.part.source]
-            key = source.name, fragment.part.expert
-            found.setdefault(key, (source, []))[1].append(fragment)
-    for (name, expert), (source, fragments) in found.items():
+    for source, expert, fragments in _by_source(item, unit, read, device):
+        name = source.name
         handler = formats.get(source.weight.format)
         if handler is None:
             raise VerificationError(

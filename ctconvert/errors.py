@@ -60,6 +60,18 @@ class NoManifestError(VerificationError):
     kind = "NoManifest"
 
 
+class DifferenceError(VerificationError):
+    """Two checkpoints do not hold the same weights."""
+
+    kind = "Difference"
+
+
+class FindingsError(VerificationError):
+    """An examination found something wrong."""
+
+    kind = "Findings"
+
+
 class UsageError(CtconvertError):
     """The command cannot be run as asked."""
 

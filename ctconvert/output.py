@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from ctconvert.errors import UsageError, VerificationError
-from ctconvert.records import FileRecord, Manifest
+from ctconvert.errors import BadInputError, UsageError, VerificationError
+from ctconvert.records import FileRecord, Manifest, Shard
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import MANIFEST
 from ctconvert.store.hub import home_path
 from ctconvert.store.local import LocalStore
 from ctconvert.store.places import recover
+from ctconvert.store.safetensors import read_header
 
 #: Files that may stand beside a checkpoint's own, as hidden ones may: no loader takes them for a
 #: part of it.
@@ -57,7 +58,8 @@ class Output:
             header = self.plan.header(shard)
             if store.read(shard.name, 0, len(header)) != header:
                 raise VerificationError(
-                    f"{store.path(shard.name)}: damaged: its header has changed",
+                    f"{store.path(shard.name)}: damaged: its header has changed"
+                    f"{self._changed(shard)}",
                     file=store.path(shard.name),
                 )
         if stray := strays(store, self.manifest):
@@ -65,6 +67,20 @@ class Output:
                 f"{store.path(stray[0])}: not part of this checkpoint; remove it",
                 file=store.path(stray[0]),
             )
+
+    def _changed(self, shard: Shard) -> str:
+        """The first tensor that a shard's header has otherwise than the plan, for a message."""
+        try:
+            found = {one.name: one for one in read_header(self.store, shard.name).tensors}
+        except BadInputError:
+            return ""
+        for name in shard.tensors:
+            if name not in found:
+                return f": it lacks tensor {name}"
+            if found[name] != self.plan.entries[name]:
+                spec = self.plan.entries[name].spec
+                return f": tensor {name} is {found[name].spec}, not {spec}, or lies elsewhere"
+        return ""
 
     @classmethod
     def open(cls, out: str | Path) -> Output:

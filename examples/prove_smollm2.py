@@ -105,7 +105,7 @@ def main() -> None:
         plain = quantise(args.gguf or gguf_file(), source, args.group_size)
         report = ctconvert.repack(source, out, target=args.target)
         ctconvert.verify(out, against=source)
-        print(f"converted and verified: {report['layouts']}")
+        print(f"converted and verified: {report.layouts}")
         converted, tokenizer = load_model(out, args.device, DTYPE)
         before, text = logits_and_text(plain.to(args.device), tokenizer, args.device)
         after, text_after = logits_and_text(converted, tokenizer, args.device)

@@ -134,6 +134,13 @@ def test_nothing_imports_the_command_line() -> None:
     assert all(part_of(module) in ("cli", "__main__") for module in users)
 
 
+def test_nothing_imports_the_plugin() -> None:
+    plugin = "ctconvert.integrations.vllm"
+    for module in MODULES:
+        if not module.startswith(plugin):
+            assert not any(other.startswith(plugin) for other in imports(module)), module
+
+
 @pytest.mark.parametrize("kind", ["formats", "layouts"])
 def test_formats_and_layouts_do_not_import_one_another(kind: str) -> None:
     """Each stands on its base alone; the package's ``__init__`` lists them."""
@@ -188,6 +195,7 @@ def loaded_by(code: str, *arguments: object) -> set[str]:
         "import ctconvert",
         "import ctconvert.cli",
         "import ctconvert.api",
+        "import ctconvert.integrations.vllm",
         "import ctconvert.planning.make, ctconvert.layouts, ctconvert.formats",
         "import ctconvert.records\nctconvert.records.schema()",
     ],

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.streams import flush, say, say_error
 from ctconvert.cli.text import printable
-from ctconvert.errors import CtconvertError
+from ctconvert.errors import CtconvertError, UnsupportedError
 from ctconvert.signals import SIGNALS, Stopped
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def failures(sink: Sink, device: str = "cpu", advice: str = "") -> Iterator[None
     """
     SIGNALS.advice = advice
     try:
+        sink.begin()
         yield
         sink.end()
         flush()
@@ -60,7 +61,9 @@ def tell(error: BaseException, sink: Sink, device: str = "cpu") -> int:
         if not isinstance(error, BrokenPipeError):  # where nobody reads on, nobody needs a line
             say_error(failure.error.message)
         return failure.exit_code
-    first, *rest = failure.error.message.split("\n")
+    first, rest = failure.error.message, []
+    if isinstance(error, UnsupportedError):
+        first, *rest = first.split("\n")
     say_error(first)
     for line in rest:  # one a refusal
         say(line)
@@ -93,13 +96,10 @@ def _failure(error: BaseException, device: str) -> Failure | None:
         line = SIGNALS.line() or "interrupted" + SIGNALS.advice
         return failed(SIGNALS.code or 130, "Interrupted", line)
     if isinstance(error, CtconvertError):
-        message = str(error)
-        if not error.refusals:
-            message = message.replace("\n", "\\n")
         return failed(
             error.exit_code,
             error.kind,
-            message,
+            str(error),
             module=error.module,
             file=error.file,
             refusals=error.refusals,

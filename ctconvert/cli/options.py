@@ -15,6 +15,12 @@ Model = Annotated[
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="A converted checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+JsonEvents = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|-", help="Write what happens to a file or stdout, a JSON object a line."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where transforms run: auto, cpu, cuda, cuda:1, xpu.")]
 Dtype = Annotated[
     str | None,
@@ -66,8 +72,10 @@ def parse_layouts(texts: list[str]) -> dict[str, str]:
     return found
 
 
-def parse_counts(text: str) -> tuple[int, ...]:
-    """Numbers of tokens separated by commas.
+def parse_counts(
+    text: str, option: str = "--m", of: str = "tokens", example: str = "1,16,256"
+) -> tuple[int, ...]:
+    """Numbers separated by commas, as ``option`` takes them.
 
     Raises:
         UsageError: they are not.
@@ -76,7 +84,7 @@ def parse_counts(text: str) -> tuple[int, ...]:
         len(item) > _DIGITS for item in text.split(",")
     ):
         raise UsageError(
-            f"--m {shortened(text)!r}: write numbers of tokens separated by commas: 1,16,256"
+            f"{option} {shortened(text)!r}: write numbers of {of} separated by commas: {example}"
         )
     return tuple(map(int, text.split(",")))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from ctconvert.cli.bench import bench
+from ctconvert.cli.diff import diff
+from ctconvert.cli.doctor import doctor
 from ctconvert.cli.failures import TOLD, tell, tell_mistake, usage_line
 from ctconvert.cli.inspect import inspect
 from ctconvert.cli.layouts import layouts
@@ -37,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # help is plain text, of which no bracket is lost
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, repack, verify, restore, bench, layouts, schema):
+for verb in (inspect, doctor, repack, verify, diff, restore, bench, layouts, schema):
     app.command()(verb)
 
 
@@ -67,9 +70,17 @@ def _run(arguments: list[str], sink: Sink) -> int:
         return code
     except _Unreadable as error:
         command = error.ctx.command_path if error.ctx else "ctconvert"
+        sink.begin()
         return tell(UsageError(usage_line(error.format_message(), command)), sink)
     except TOLD as error:
         return tell(error, sink)
+
+
+def _events_of(arguments: Sequence[str]) -> str | None:
+    """Whether a command line, which may be none that can be read, asks for events on stdout."""
+    pairs = itertools.pairwise(arguments)
+    asked = "--json-events=-" in arguments or ("--json-events", "-") in pairs
+    return "-" if asked and "--json" not in arguments else None
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -77,10 +88,11 @@ def run(arguments: Sequence[str]) -> int:
     if sys.stdout is None:
         say_error("stdout is closed; send it to /dev/null where nobody needs the result")
         return 2
-    sink = Sink("--json" in arguments)
+    sink = Sink("--json" in arguments, _events_of(arguments))
     try:
         code = _run([*arguments] or ["--help"], sink)
     except Exception as error:
+        sink.begin()
         tell_mistake(error, sink)
         raise
     try:

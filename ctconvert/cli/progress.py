@@ -14,6 +14,8 @@ from ctconvert.cli.text import printable, size
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from ctconvert.records import Plan
+
 #: Seconds between plain lines.
 _EVERY = 10.0
 
@@ -40,6 +42,12 @@ class ShownProgress:
         if self._bar is not None:
             with suppress(OSError):  # the terminal is gone
                 self._bar.stop()
+
+    def plan(self, plan: Plan) -> None:
+        pass  # the result tells
+
+    def module(self, name: str, layout: str | None) -> None:
+        pass
 
     def phase(self, label: str, total: int) -> None:
         self._finish_phase()

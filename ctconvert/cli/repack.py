@@ -12,6 +12,7 @@ from ctconvert.cli.options import (
     Device,
     Dtype,
     Json,
+    JsonEvents,
     Model,
     Resume,
     Workers,
@@ -42,6 +43,7 @@ def repack(
         bool, typer.Option("--dry-run", help="Print the plan; read and write no weight data.")
     ] = False,
     json_: Json = False,
+    json_events: JsonEvents = None,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest output file; a module is never split.")
     ] = "5GB",
@@ -78,7 +80,7 @@ def repack(
     ] = True,
 ) -> None:
     """Convert a compressed-tensors checkpoint into a kernel-ready one."""
-    sink = Sink(json_)
+    sink = Sink(json_, json_events)
     with failures(sink, device, advice="" if dry_run else RESUMES):
         from ctconvert import api
 
@@ -98,6 +100,7 @@ def repack(
                 max_shard_size=shard,
                 dtype=dtype,
             )
+            sink.planned(plan)
             sink.show(outline(plan), _print_outline)
             refuse(plan)
             return

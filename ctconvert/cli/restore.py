@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctconvert.cli.failures import RESUMES, failures
-from ctconvert.cli.options import Device, Json, Out, Resume, Workers, parse_size
+from ctconvert.cli.options import Device, Json, JsonEvents, Out, Resume, Workers, parse_size
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import size
 
@@ -21,6 +21,7 @@ def restore(
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Directory to make.")],
     device: Device = "auto",
     json_: Json = False,
+    json_events: JsonEvents = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
     workers: Workers = None,
     resume: Resume = False,
@@ -29,7 +30,7 @@ def restore(
     ] = False,
 ) -> None:
     """Turn a converted checkpoint back into the one it was made from."""
-    sink = Sink(json_)
+    sink = Sink(json_, json_events)
     with failures(sink, device, advice=RESUMES):
         from ctconvert import api
 

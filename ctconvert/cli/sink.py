@@ -10,55 +10,100 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ctconvert.cli.streams import is_screen, write
 from ctconvert.cli.text import collapse, printable, table
+from ctconvert.errors import UsageError
 
 if TYPE_CHECKING:
-    from ctconvert.cli.progress import ShownProgress
-    from ctconvert.records import Failure
+    from ctconvert.cli.events import Events
+    from ctconvert.progress import Progress
+    from ctconvert.records import Failure, Plan
 
 R = TypeVar("R")
 
 
 class Sink:
-    """What a verb writes its result to; with ``as_json`` one JSON document and nothing else."""
+    """What a verb writes its result to.
 
-    def __init__(self, as_json: bool = False) -> None:
+    Args:
+        as_json: print one JSON document, and nothing else on stdout.
+        events: a file for what happens meanwhile, or ``-``: on stdout, and nothing else there.
+    """
+
+    def __init__(self, as_json: bool = False, events: str | None = None) -> None:
         self.as_json = as_json
+        self._path = events
+        self._events: Events | None = None
         self._fields: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """Opens what events go to.
+
+        Raises:
+            UsageError: both kinds of JSON would go to stdout.
+            OSError: it cannot be opened.
+        """
+        if self._path is None or self._events is not None:
+            return
+        from ctconvert.cli.events import STDOUT, Events
+
+        if self.as_json and self._path == STDOUT:
+            self._path = None
+            raise UsageError("--json and --json-events - both write to stdout; name a file")
+        self._events = Events(self._path)
 
     def show(self, record: R, people: Callable[[Sink, R], object]) -> None:
         """A result: as ``people`` prints it, or as fields of the document that :meth:`end` writes.
 
         A verb may still fail when it has shown a result.
         """
-        if not self.as_json:
-            people(self, record)
-            return
-        import msgspec
+        if self.as_json or self._events is not None:
+            import msgspec
 
-        self._fields |= msgspec.to_builtins(record)
+            self._fields |= msgspec.to_builtins(record)
+        if not self.as_json and self._path != "-":
+            people(self, record)
 
     def end(self, failure: Failure | None = None) -> None:
-        """Writes the document of ``--json``; nothing for people."""
-        if not self.as_json:
+        """Writes the document of ``--json``, and the last event; nothing for people."""
+        if not self.as_json and self._path is None:
             return
         import msgspec
 
         head = {"ok": True} if failure is None else msgspec.to_builtins(failure)
-        write(to_json(head | self._fields))
-
-    def progress(self) -> AbstractContextManager[ShownProgress | None]:
-        """What shows how far a run is; None for programs."""
+        document = head | self._fields
+        events, self._events = self._events, None
+        if events is not None:
+            # of a run that fails they may be what has failed
+            with suppress(OSError) if failure is not None else nullcontext():
+                events.end(document)
         if self.as_json:
-            return nullcontext()
+            write(to_json(document))
+
+    def planned(self, plan: Plan) -> None:
+        """Tells programs of a plan that is not carried out."""
+        if self._events is not None:
+            self._events.plan(plan)
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress | None]:
+        """What shows how far a run is, or tells it to programs; None for neither."""
+        if self.as_json:
+            yield self._events
+            return
         from ctconvert.cli.progress import ShownProgress
 
-        return ShownProgress()
+        with ShownProgress() as shown:
+            if self._events is None:
+                yield shown
+            else:
+                from ctconvert.cli.events import Both
+
+                yield Both(shown, self._events)
 
     def line(self, text: str = "") -> None:
         write(printable(text) + "\n")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctconvert.cli.failures import failures
-from ctconvert.cli.options import Json, KernelDevice, Out, Workers
+from ctconvert.cli.options import Json, JsonEvents, KernelDevice, Out, Workers
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import size
 
@@ -34,10 +34,11 @@ def verify(
     ] = False,
     device: KernelDevice = "auto",
     json_: Json = False,
+    json_events: JsonEvents = None,
     workers: Workers = None,
 ) -> None:
     """Prove a converted checkpoint: its bytes, codes and scales."""
-    sink = Sink(json_)
+    sink = Sink(json_, json_events)
     with failures(sink, device):
         from ctconvert import api
 

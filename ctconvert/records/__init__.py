@@ -25,16 +25,32 @@ from ctconvert.records.plan import (
     SourceModule,
     expert_entry,
 )
-from ctconvert.records.reports import Compared, Error, Failure, Judged, KernelRun, Report, Verified
+from ctconvert.records.reports import (
+    Compared,
+    Difference,
+    Differing,
+    Error,
+    Examination,
+    Failure,
+    Finding,
+    Judged,
+    KernelRun,
+    Report,
+    Verified,
+)
 
 __all__ = [
     "FORMAT_VERSION",
     "Compared",
     "Convert",
     "Copy",
+    "Difference",
+    "Differing",
     "Error",
+    "Examination",
     "Failure",
     "FileRecord",
+    "Finding",
     "Item",
     "Judged",
     "KernelRun",

@@ -85,6 +85,80 @@ class Report(Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
 
 
+class Difference(Struct, frozen=True, kw_only=True):
+    """Where a module of one checkpoint is not that of another.
+
+    ``what`` is the first of its tensors (decoded: ``codes``, ``scale``, ``zero_point``, ...) or
+    properties that differs, ``first`` how, ``elements`` how many elements of that tensor do (0
+    where it is not about elements), ``weights`` how many weights of the module differ (experts).
+    """
+
+    module: str
+    what: str
+    first: str
+    elements: int = 0
+    weights: int = 1
+
+
+class Differing(Struct, frozen=True, kw_only=True):
+    """What comparing the weights of two checkpoints found: ``diff --json``.
+
+    ``modules`` and ``tensors`` count the quantised modules and the other tensors of both.
+    """
+
+    a: str
+    b: str
+    modules: int
+    tensors: int
+    differences: tuple[Difference, ...]
+
+
+class Finding(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Something that will go wrong, or may (a warning), in the whole checkpoint or in a module.
+
+    ``split`` is the tensor parallelism at which it does.
+
+    unreadable: the config and the tensors contradict each other. unmatched: a target means no
+    module. dense: a target means it by class or pattern, and it is not quantised. fused: engines
+    run it as one with others, from which it differs. unsupported: no layout of the target takes it.
+    split: it cannot be cut so, or no layout takes the cut. unowned: no scheme explains the tensor.
+    damaged: its data cannot be decoded or encoded (a scale that is not finite, or not after the
+    layout's power of two). scale: zero or subnormal. channel: without information.
+    """
+
+    severity: Literal["error", "warning"]
+    kind: Literal[
+        "unreadable",
+        "unmatched",
+        "dense",
+        "fused",
+        "unsupported",
+        "split",
+        "unowned",
+        "damaged",
+        "scale",
+        "channel",
+    ]
+    message: str
+    module: str | None = None
+    split: int | None = None
+
+
+class Examination(Struct, frozen=True, kw_only=True):
+    """What ``doctor`` found: ``doctor --json``. ``data`` says whether weights were read."""
+
+    model: str
+    target: str | None
+    tensor_parallel: tuple[int, ...]
+    data: bool
+    modules: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> int:
+        return sum(finding.severity == "error" for finding in self.findings)
+
+
 class Compared(Struct, frozen=True, kw_only=True):
     """What a comparison with a source found equal."""
 

@@ -81,6 +81,7 @@ def build(plan: Plan, store: Store, out: Path, settings: Settings) -> Report:
     if local is not None:
         check_links(local, out)
     recover(out)
+    settings.progress.plan(plan)
     with closing(store):
         if settings.resume and (done := _complete(plan, store, out, settings)):
             return done

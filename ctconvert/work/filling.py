@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ctconvert.planning.memory import budget
 from ctconvert.progress import Progress
-from ctconvert.records import Item, Plan, Shard
+from ctconvert.records import Copy, Item, Plan, Restore, Shard
 from ctconvert.store.base import Store
 from ctconvert.store.local import LocalStore
 from ctconvert.store.safetensors import TensorEntry
@@ -52,7 +52,14 @@ class Filling:
 
     def __post_init__(self) -> None:
         self._shards = {shard.name: shard for shard in self.plan.shards}
+        self._items = {
+            entry.name: item
+            for item in self.plan.items
+            if not isinstance(item, Copy)
+            for entry in item.made
+        }
         self._missing: dict[str, set[str]] = {}
+        self._unmade: dict[str, int] = {}
         self._pieces = Pieces()
         self._sealing: deque[SealJob] = deque()
 
@@ -202,11 +209,28 @@ class Filling:
             if seal := self._pieces.add(self.plan.entries[name], piece):
                 self._sealing.append(seal)
         self.hashes |= done.hashes
+        self._tell_made(done)
         for name in done.hashes:
             file = self.plan.entries[name].file
             self._missing[file].discard(name)
             if not self._missing[file]:
                 self._finish_shard(self._shards[file], sink)
+
+    def _tell_made(self, done: Done) -> None:
+        """Tells of the modules whose last tensor this is."""
+        for name in done.hashes:
+            item = self._items.get(name)
+            if item is None:
+                continue
+            left = self._unmade.get(item.name, len(item.made)) - 1
+            self._unmade[item.name] = left
+            if left:
+                continue
+            if isinstance(item, Restore):
+                for source in dict.fromkeys(s.name for m in item.modules for s in m.sources):
+                    self.progress.module(source, None)
+            else:
+                self.progress.module(item.name, item.recipe.layout)
 
     def _finish_shard(self, shard: Shard, sink: LocalSink) -> None:
         sink.finish(shard.name)

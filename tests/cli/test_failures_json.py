@@ -12,6 +12,7 @@ import pytest
 from conftest import CHECKPOINTS, EXAMPLE
 from support.cli import run
 
+from ctconvert.errors import BadInputError
 from ctconvert.records import Failure
 
 OPTIONS = ("-t", "triton", "--device", "cpu")
@@ -121,3 +122,13 @@ def test_a_mistake_of_this_program_ends_in_a_document_too(
         cli.run(["inspect", "x", "--json"])
     found = msgspec.json.decode(capsys.readouterr().out, type=Failure)
     assert (found.exit_code, found.error.kind) == (1, "Internal")
+
+
+def test_a_name_of_two_lines_is_one_line_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*args: object, **options: object) -> None:
+        raise BadInputError("module a\nb: wrong", module="a\nb", refusals=[])
+
+    monkeypatch.setattr("ctconvert.api.inspect", refuses)
+    code, stdout, stderr = run("inspect", "x", "--json")
+    assert (code, stderr) == (2, "error: module a\\nb: wrong\n")
+    assert json.loads(stdout)["error"]["message"] == "module a\nb: wrong"

@@ -110,7 +110,7 @@ def test_a_verb_that_stages_nothing_has_nothing_to_resume() -> None:
 @pytest.mark.parametrize("second", [INT, TERM])
 def test_a_second_signal_ends_it_at_once(second: int) -> None:
     """A worker may hang, on a network disk; the first signal still decides what is said."""
-    program = jobs(60, "repack", "x", "-t", "triton", "--json")
+    program = jobs(60, "repack", "x", "-t", "triton")
     program.send(HUP)
     time.sleep(0.3)
     assert program.process.poll() is None  # it waits for its workers

@@ -24,6 +24,7 @@ READING = (
     ["inspect", str(EXAMPLE), "--target", "cuda", "--json"],
     ["repack", str(EXAMPLE), "--target", "triton", "--dry-run"],
     ["repack", str(EXAMPLE), "--target", "cuda", "--dry-run", "--json", "--fuse"],
+    ["doctor", str(EXAMPLE), "--target", "cuda", "--no-data"],
 )
 
 

@@ -16,7 +16,7 @@ from ctconvert.layouts import LAYOUTS, MACHINES, QUANTISED_ACTIVATIONS, TARGETS
 from ctconvert.planning.outline import outline
 from ctconvert.records import to_json
 
-VERBS = ("inspect", "repack", "verify", "restore", "bench", "layouts", "schema")
+VERBS = ("inspect", "doctor", "repack", "verify", "diff", "restore", "bench", "layouts", "schema")
 OPTIONS = ("-t", "triton", "--device", "cpu")
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,6 +14,8 @@ from support.builders import config_of, group_config, weight_args, write_checkpo
 from support.cli import Outcome, run
 from support.damage import DOWN, GROUP, INDEX, ONE, UP, Q, edit, small, tensors_of
 from support.models import tree
+
+from ctconvert.records import Failure
 
 OPTIONS = ("--target", "triton", "--device", "cpu")
 
@@ -22,14 +25,20 @@ def model(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "model", small(), config_of(GROUP))
 
 
-def one_line(outcome: Outcome, code: int, *says: str) -> None:
+def one_line(outcome: Outcome, code: int, *says: str, json: bool = False) -> None:
     """A failure; a phase that was finished before may have a line of its own."""
-    assert outcome.code == code and outcome.stdout == "" and outcome.stderr.endswith("\n")
+    assert outcome.code == code and outcome.stderr.endswith("\n")
+    assert is_failure(outcome) if json else outcome.stdout == ""
     *before, line = outcome.stderr.splitlines()
     assert all(re.fullmatch(r"(converting|verifying): .* in .* s", item) for item in before)
     assert line.startswith("error: ")
     for text in says:
         assert text in line, f"{text!r} is not in {line!r}"
+
+
+def is_failure(outcome: Outcome) -> bool:
+    """Whether stdout is the document of a failure."""
+    return msgspec.json.decode(outcome.stdout, type=Failure).exit_code == outcome.code
 
 
 def test_a_sound_checkpoint(model: Path, tmp_path: Path) -> None:
@@ -46,8 +55,9 @@ def test_bad_input_is_2(model: Path, tmp_path: Path) -> None:
     edit(model, UP, weight_scale=None)
     before = tree(model)
     for more in ((), ("--json",), ("--dry-run",), ("--keep-unsupported",)):
-        one_line(run("repack", model, tmp_path / "out", *OPTIONS, *more), 2, f"module {UP}")
-    one_line(run("inspect", model, "--json"), 2, f"module {UP}")
+        outcome = run("repack", model, tmp_path / "out", *OPTIONS, *more)
+        one_line(outcome, 2, f"module {UP}", json="--json" in more)
+    one_line(run("inspect", model, "--json"), 2, f"module {UP}", json=True)
     assert tree(model) == before and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -57,7 +67,8 @@ def test_what_a_target_cannot_take_is_3(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", tensors, config_of(three, GROUP))
     for more in ((), ("--json",), ("--no-verify", "--overwrite")):
         outcome = run("repack", model, tmp_path / "out", *OPTIONS, *more)
-        assert outcome.code == 3 and outcome.stdout == ""
+        assert outcome.code == 3
+        assert is_failure(outcome) if "--json" in more else outcome.stdout == ""
         first, *refusals = outcome.stderr.splitlines()
         assert first.startswith("error: ") and "2 modules" in first and "nothing" in first
         assert [line.split()[0] for line in refusals] == [DOWN, UP]
@@ -77,7 +88,7 @@ def test_a_damaged_output_is_1(model: Path, tmp_path: Path) -> None:
     (out / ONE).write_bytes(data)
     one_line(run("verify", out), 1, "tensor ", ONE)
     one_line(run("restore", out, tmp_path / "back", "--device", "cpu"), 1, "tensor ", ONE)
-    one_line(run("verify", model, "--json"), 1, "ctconvert.json")
+    one_line(run("verify", model, "--json"), 2, "no ctconvert.json", json=True)
     assert not (tmp_path / "back").exists()
 
 

@@ -283,7 +283,7 @@ def test_unequal_global_scales_keep_them_apart(tmp_path: Path) -> None:
     tensors[f"{BLOCK}.1.up_proj.weight_global_scale"] *= 2
     write_checkpoint(tmp_path / "other", tensors, config_of(nvfp4_group()))
     for layout in ("marlin-nvfp4", "humming-nvfp4", "nvfp4-cutlass"):
-        options: dict[str, Any] = {"fuse": True, "layout": {"*": layout}}
+        options: dict[str, Any] = {"fuse": True, "layout": {"*": layout}, "dtype": "bfloat16"}
         report = convert_and_back(tmp_path / "other", tmp_path / layout, "cuda", **options)
         both = f"{BLOCK}.1.gate_proj and {BLOCK}.1.up_proj"
         assert report.notes == (
@@ -301,7 +301,9 @@ def test_experts_are_loaded_one_by_one(scheme: str, tmp_path: Path) -> None:
     ctconvert.repack(source, tmp_path / "plain", target="cuda", device="cpu")
     ctconvert.repack(source, tmp_path / "out", target="cuda", fuse=True, device="cpu")
     plain, found = load(tmp_path / "plain", "cpu"), load(tmp_path / "out", "cpu")
-    assert found.keys() == {f"{BLOCK}.{s}.{e}" for s in ("w13", "w2") for e in range(EXPERTS)}
+    together = {f"{BLOCK}.w13", f"{BLOCK}.w2"}  # there too where a kernel takes a stack whole
+    each = {f"{BLOCK}.{s}.{e}" for s in ("w13", "w2") for e in range(EXPERTS)}
+    assert each == found.keys() - together
     x = torch.randn(5, HIDDEN, dtype=torch.bfloat16)
     for number in range(EXPERTS):
         both = found[f"{BLOCK}.w13.{number}"]

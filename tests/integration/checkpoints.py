@@ -58,15 +58,22 @@ def _linears(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         if "num_experts" in config:
             mlps = [f"{layer}.mlp.experts.{expert}" for expert in range(EXPERTS)]
         for mlp in mlps:
-            yield f"{mlp}.gate_proj", SIZE, HIDDEN
-            yield f"{mlp}.up_proj", SIZE, HIDDEN
-            yield f"{mlp}.down_proj", HIDDEN, SIZE
+            size = config["moe_intermediate_size" if len(mlps) > 1 else "intermediate_size"]
+            yield f"{mlp}.gate_proj", size, HIDDEN
+            yield f"{mlp}.up_proj", size, HIDDEN
+            yield f"{mlp}.down_proj", HIDDEN, size
 
 
 def write_pair(
-    folder: Path, group: Mapping[str, Any], config: Mapping[str, Any] = LLAMA
+    folder: Path,
+    group: Mapping[str, Any],
+    config: Mapping[str, Any] = LLAMA,
+    vocabulary: bool = False,
 ) -> tuple[Path, Path]:
-    """A quantised checkpoint, and the dense one that compressed-tensors decompresses it to."""
+    """A quantised checkpoint, and the dense one that compressed-tensors decompresses it to.
+
+    With ``vocabulary`` the embedding is quantised too, and the head unless it is tied.
+    """
     made = torch.Generator().manual_seed(5)
 
     def random(*shape: int) -> torch.Tensor:
@@ -84,17 +91,27 @@ def write_pair(
             plain[f"model.layers.{number}.mlp.gate.weight"] = random(EXPERTS, HIDDEN)
             for norm in ("q_norm", "k_norm"):
                 plain[f"model.layers.{number}.self_attn.{norm}.weight"] = random(64) + 1
+    linears = list(_linears(config))
+    if config["tie_word_embeddings"]:
+        del plain["lm_head.weight"]
+    if vocabulary:
+        names = ["model.embed_tokens"] + ["lm_head"] * ("lm_head.weight" in plain)
+        linears += [(name, VOCABULARY, HIDDEN) for name in names]
+        for name in names:
+            del plain[f"{name}.weight"]
     packed, dense = dict(plain), dict(plain)
     scheme = QuantizationScheme.model_validate(dict(group))
     codec = BaseCompressor.get_value_from_registry(str(group["format"]))
-    for seed, (name, n, k) in enumerate(_linears(config)):
+    for seed, (name, n, k) in enumerate(linears):
         tensors = quantised(n, k, group, seed)
-        scale = tensors["weight_scale"]  # of powers of two: every weight is a bfloat16
-        tensors["weight_scale"] = torch.exp2(scale.float().log2().round()).to(scale.dtype)
+        # Powers of two: every weight is a bfloat16. As large as those of 4 bits, whatever the bits.
+        scale = tensors["weight_scale"]
+        power = scale.float().log2().round() + 4 - group["weights"]["num_bits"]
+        tensors["weight_scale"] = torch.exp2(power).to(scale.dtype)
         packed |= {f"{name}.{local}": tensor for local, tensor in tensors.items()}
         weight = codec.decompress(dict(tensors), scheme)["weight"].detach()
         dense[f"{name}.weight"] = weight.bfloat16()
-    ignore = ["lm_head", "re:.*mlp.gate$"]
+    ignore = ["re:.*mlp.gate$"] if vocabulary else ["lm_head", "re:.*mlp.gate$"]
     settings = {key: value for key, value in config.items() if key != "architectures"}
     named = {"architectures": config["architectures"], **settings}
     source = write_checkpoint(folder / "source", packed, config_of(group, ignore=ignore), **named)

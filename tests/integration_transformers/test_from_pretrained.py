@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.block_floats import FP8, fp8_group
 from support.builders import DYNAMIC_INT8, group_config, weight_args
+from support.reference import equal, load_tensors
 
-transformers = pytest.importorskip("transformers", "5.0", reason="transformers is not installed")
+transformers = pytest.importorskip("transformers", "5.18", reason="transformers 5.18 is needed")
 
 from support.hf import TINY, error, linears, write_models  # noqa: E402
 
@@ -251,8 +254,6 @@ def test_a_model_of_text_and_images(tmp_path: Path) -> None:
 
 def test_the_tensors_are_the_checkpoints_own(tmp_path: Path) -> None:
     """Whatever the dtype of the model, every kernel has the bytes of the file."""
-    from support.reference import equal, load_tensors
-
     config = transformers.T5Config(
         vocab_size=128,
         d_model=64,
@@ -274,3 +275,75 @@ def test_the_tensors_are_the_checkpoints_own(tmp_path: Path) -> None:
                 assert equal(tensor, files[f"{name}.{local}"])
                 checked += 1
     assert checked == 2 * (6 + 10)
+
+
+@pytest.mark.parametrize("target", ["triton", "cuda"])
+def test_experts_whose_tensors_are_3d(target: str, tmp_path: Path) -> None:
+    """The checkpoint has them as the model does: ``experts.gate_up_proj``, [E, 2I, H]."""
+    model = made("Qwen3MoeForCausalLM", transformers.Qwen3MoeConfig(**MOE, dtype=torch.bfloat16))
+    source, plain = write_models(model, tmp_path, INT4)
+    tensors = load_tensors(source)
+    block = r"(.*\.experts)\.\d+\.(\w+)\.(\w+)"
+    apart = {name for name in tensors if re.fullmatch(block, name)}
+    whole = {name: tensor for name, tensor in tensors.items() if name not in apart}
+    for experts in sorted({re.fullmatch(block, name)[1] for name in apart}):
+        for local in ("weight_packed", "weight_scale"):
+            gate, up, down = (
+                torch.stack([tensors[f"{experts}.{e}.{leaf}.{local}"] for e in range(4)])
+                for leaf in ("gate_proj", "up_proj", "down_proj")
+            )
+            whole[f"{experts}.gate_up_proj.{local}"] = torch.cat([gate, up], 1)
+            whole[f"{experts}.down_proj.{local}"] = down
+        whole[f"{experts}.gate_up_proj.weight_shape"] = torch.tensor([4, 192, 64])
+        whole[f"{experts}.down_proj.weight_shape"] = torch.tensor([4, 64, 96])
+    save_file(whole, source / "model.safetensors", {"format": "pt"})
+    auto = transformers.AutoModelForCausalLM
+    found, expected = both(auto, source, plain, tmp_path / "out", target)
+    assert sum(isinstance(module, KernelMoe) for module in found.modules()) == 2
+    assert error(logits(found, input_ids=IDS), logits(expected, input_ids=IDS)) < LIMIT
+
+
+def test_a_model_of_text_and_pictures_with_a_rope_of_its_own(tmp_path: Path) -> None:
+    """Qwen2-VL, all of whose Linear modules are quantised, the vision tower's too."""
+    config = transformers.Qwen2VLConfig(
+        text_config=TINY
+        | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        vision_config={"depth": 1, "embed_dim": 64, "hidden_size": 64, "num_heads": 4},
+        image_token_id=100,
+        vision_start_token_id=101,
+        vision_end_token_id=102,
+        video_token_id=103,
+        dtype=torch.bfloat16,
+    )
+    model = made("Qwen2VLForConditionalGeneration", config)
+    source, plain = write_models(model, tmp_path, INT4)
+    auto = transformers.AutoModelForImageTextToText
+    found, expected = both(auto, source, plain, tmp_path / "out", "cuda", fuse=True)
+    assert sum(isinstance(module, KernelSlot) for module in found.model.visual.modules()) == 6
+    ids = torch.cat([torch.tensor([[101]]), torch.full((1, 4), 100), IDS[:, :9]], dim=1)
+    made_seed = torch.Generator().manual_seed(1)
+    pixels = torch.randn(16, 3 * 2 * 14 * 14, generator=made_seed).bfloat16()
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": pixels,
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (ids == 100).int(),
+    }
+    assert error(logits(found, **inputs), logits(expected, **inputs)) < LIMIT
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3Moe"])
+@pytest.mark.parametrize("target", ["triton", "cuda"])
+def test_on_a_gpu(kind: str, target: str, fuse: bool, tmp_path: Path) -> None:
+    more = MOE if kind == "Qwen3Moe" else TINY
+    config = getattr(transformers, f"{kind}Config")(**more, dtype=torch.bfloat16)
+    source, plain = write_models(made(f"{kind}ForCausalLM", config), tmp_path, INT4)
+    ctconvert.repack(source, tmp_path / "out", target=target, fuse=fuse)
+    found, _ = load_model(tmp_path / "out", "cuda")
+    assert {tensor.device.type for tensor in [*found.parameters(), *found.buffers()]} == {"cuda"}
+    auto = transformers.AutoModelForCausalLM
+    expected = auto.from_pretrained(plain, dtype=torch.bfloat16).to("cuda")
+    ids = IDS.to("cuda")
+    assert error(logits(found, input_ids=ids), logits(expected, input_ids=ids)) < LIMIT

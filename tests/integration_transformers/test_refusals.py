@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from support.cli import environment
 from support.hub import Hub, hub_environment
 from support.reference import load_tensors
 
-transformers = pytest.importorskip("transformers", "5.0", reason="transformers is not installed")
+transformers = pytest.importorskip("transformers", "5.18", reason="transformers 5.18 is needed")
 
 from support.hf import TINY, write_models  # noqa: E402
 
@@ -110,6 +111,23 @@ def test_a_plain_tensor_of_another_shape(tmp_path: Path) -> None:
     refused(source, ConversionError, r"model\.norm\.weight: it is \[65\], .* is \[64\]")
 
 
+def test_one_weight_under_two_names(tmp_path: Path) -> None:
+    """transformers would take either: it finds tensors without the model's own prefix, too."""
+    other = {"norm.weight": torch.ones(64, dtype=torch.bfloat16)}
+    source = changed(llama(tmp_path), **other)
+    refused(source, ConversionError, r"model\.norm\.weight and norm\.weight both are model\.norm")
+
+
+def test_what_was_not_loaded_shows_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the names said before: transformers marks what it has loaded."""
+    quantizer = ctconvert.integrations.transformers.CtconvertQuantizer
+    monkeypatch.setattr(quantizer, "_check_complete", lambda *args: None)
+    source = changed(llama(tmp_path), r"^model\.norm")
+    refused(source, ConversionError, r"model\.norm\.weight of the model was not loaded")
+
+
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_bias_the_model_has_not(fuse: bool, tmp_path: Path) -> None:
     bias = {f"{MLP}.{leaf}.bias": torch.ones(96).bfloat16() for leaf in ("gate_proj", "up_proj")}
@@ -197,6 +215,14 @@ def test_the_weight_of_a_kernel(out: Path) -> None:
 def test_an_adapter(out: Path) -> None:
     (out / "adapter_config.json").write_text("{}")
     with pytest.raises((UsageError, VerificationError), match="adapter_config"):
+        load_model(out, "cpu")
+
+
+def test_another_config(out: Path) -> None:
+    file = out / "config.json"
+    config = json.loads(file.read_text()) | {"_attn_implementation": "someone/kernel"}
+    file.write_text(json.dumps(config))
+    with pytest.raises(VerificationError, match=r"config\.json"):
         load_model(out, "cpu")
 
 

@@ -18,7 +18,7 @@ import ctconvert
 from ctconvert.errors import ConversionError, UsageError
 from ctconvert.runtime import KernelEmbedding, load
 
-pytest.importorskip("transformers", "5.0", reason="transformers is not installed")
+pytest.importorskip("transformers", "5.18", reason="transformers 5.18 is needed")
 from ctconvert.runtime import load_model
 
 

@@ -65,6 +65,31 @@ def test_an_asymmetric_input_brings_the_sums_of_the_weight(tmp_path: Path) -> No
     ctconvert.verify(out, kernels=True, device="cpu")
 
 
+def test_stacked_experts_without_a_kernel_for_stacks(tmp_path: Path) -> None:
+    """Each by itself, with what is derived of its own weight, also where that came later."""
+    inputs = STATIC_INT8 | {"symmetric": False}
+    group = group_config(
+        weight_args(8, None, False), format="int-quantized", inputs=inputs, outputs=None
+    )
+    singles = []
+    for seed in range(3):
+        zero = {"input_zero_point": torch.tensor([seed - 7], dtype=torch.int8)}
+        made = quantised(48, 64, group, seed) | zero
+        out = converted_module(made, config_of(group), "triton", tmp_path / str(seed))
+        singles.append(load(out, "cpu")["model.down_proj"])
+    each = [single.tensors() for single in singles]
+    stacked = {local: torch.stack([one[local] for one in each]) for local in each[0]}
+    empty = {local: tensor.to("meta") for local, tensor in stacked.items()}
+    experts = modules.KernelExperts(singles[0].binding, empty)
+    for local, tensor in stacked.items():
+        setattr(experts, local, tensor)
+    experts.refresh()
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    rows = torch.tensor([3, 0, 2, 2, 1], dtype=torch.int32)  # the second has none
+    made = experts(x, rows, torch.tensor([0, 2, 2, 5], dtype=torch.int32))
+    assert torch.equal(made, torch.cat([singles[0](x[[3, 0]]), singles[2](x[[2, 2, 1]])]))
+
+
 def test_the_parts_of_a_fused_module_share_one_product(tmp_path: Path) -> None:
     out = converted("smol-w4a16-g64-sym", "triton", tmp_path, fuse=True)
     whole = load(out, "cpu")["model.layers.0.self_attn.qkv_proj"]

@@ -88,8 +88,16 @@ class Plain:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
+        self.plans: list[object] = []
+        self.modules: list[tuple[str, str | None]] = []
         self.phases: list[tuple[str, int]] = []
         self.done = 0
+
+    def plan(self, plan: object) -> None:
+        self.plans.append(plan)
+
+    def module(self, name: str, layout: str | None) -> None:
+        self.modules.append((name, layout))
 
     def phase(self, label: str, total: int) -> None:
         self.phases.append((label, total))

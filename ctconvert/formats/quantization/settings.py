@@ -179,6 +179,11 @@ class QuantizationSettings:
             self._named.setdefault(target, []).append(name)
 
     @property
+    def targets(self) -> dict[str, list[str]]:
+        """Every target of the config groups, and the groups that have it."""
+        return self._named
+
+    @property
     def groups(self) -> list[str]:
         """The config groups that quantise weights, by name."""
         return [name for name, (scheme, _) in self._groups.items() if scheme.weights is not None]

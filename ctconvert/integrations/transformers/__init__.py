@@ -7,6 +7,12 @@ returns random weights.
 
 from __future__ import annotations
 
+import transformers
+from packaging.version import Version
+
+if Version(transformers.__version__) < Version("5.18"):
+    raise ImportError(f"ctconvert needs transformers 5.18 or newer, not {transformers.__version__}")
+
 from ctconvert.integrations.transformers.quantizer import CtconvertConfig, CtconvertQuantizer
 
 __all__ = ["CtconvertConfig", "CtconvertQuantizer"]

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import ctconvert.integrations.transformers  # noqa: F401 (registers the quantizer)
-from ctconvert.errors import UsageError
+from ctconvert.errors import UsageError, VerificationError
 from ctconvert.output import Output
 from ctconvert.store.hub import home_path, open_store
 from ctconvert.store.places import recover
@@ -56,6 +56,8 @@ def load_model(
     where = devices.resolve(device)
     output = _opened(out)
     folder = Path(output.where)
+    if output.store.read("config.json") != output.plan.config.encode():
+        raise VerificationError(f"{folder / 'config.json'}: it is not what the manifest says")
     _check_config(output.plan.config, folder)
     own = {"trust_remote_code": False, "local_files_only": True}
     with _transformers_errors(folder):

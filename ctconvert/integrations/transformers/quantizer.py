@@ -50,6 +50,7 @@ class CtconvertQuantizer(HfQuantizer):
     requires_calibration = True
     _placed: Placed
     _output: Output
+    _complete = False
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (torch.float16, torch.bfloat16):
@@ -73,11 +74,18 @@ class CtconvertQuantizer(HfQuantizer):
         self._placed = Placed(model, self._output.plan, model.config.dtype)
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Transformers' own, around which the converted tensors go straight to their place."""
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
+        """Transformers' own, around which the converted tensors go straight to their place.
+
+        Older versions do not hand over the model; it is the one that was prepared.
+        """
         names = self._placed.names
         found = [Exactly(names, shows=False), *weight_conversions, Exactly(names, shows=True)]
-        self._check_complete(model, copy.deepcopy(found))  # some remember what they have renamed
+        # A copy: some of them remember what they have renamed.
+        self._check_complete(self._placed.model, copy.deepcopy(found))
+        self._complete = True
         return found
 
     def _check_complete(self, model: Any, conversions: list[Any]) -> None:
@@ -123,6 +131,8 @@ class CtconvertQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self._complete:
+            raise UsageError("this version of transformers did not ask for the tensors' names")
         self._output.check_unchanged()  # what was loaded is what the manifest means
         for name, entry in self._placed.entries.items():
             path, _, leaf = self._placed.names[name].rpartition(".")
@@ -139,6 +149,7 @@ class CtconvertQuantizer(HfQuantizer):
                 )
         for kernel in self._placed.kernels.values():
             kernel.refresh()
+        model.requires_grad_(False)  # no kernel has a backward pass
         if len(set((getattr(model, "hf_device_map", None) or {}).values())) < 2:
             self._check_loaded(model)
         return model

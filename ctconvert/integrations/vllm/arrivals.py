@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from ctconvert.errors import VerificationError
 from ctconvert.store.safetensors import TensorEntry
-from ctconvert.transforms.dtypes import torch_dtype
+from ctconvert.transforms.dtypes import raw_bytes, torch_dtype
 
 #: A tensor's local name, and which of the layer's parts it is of.
 Key = tuple[str, int]
@@ -17,17 +18,20 @@ _LETTERS = {"q": 0, "k": 1, "v": 2}
 
 
 class Arrivals:
-    """The tensors that a layer must get, and those that came."""
+    """The tensors that a layer must get, and those that came.
 
-    def __init__(self, expected: Mapping[Key, TensorEntry]) -> None:
-        self.expected = dict(expected)
+    ``hashes`` are SHA-256 by full name, of those whose bytes are compared.
+    """
+
+    def __init__(self, expected: Mapping[Key, TensorEntry], hashes: Mapping[str, str]) -> None:
+        self.expected, self.hashes = dict(expected), hashes
         self.came: set[Key] = set()
 
     def check(self, key: Key, tensor: torch.Tensor) -> None:
         """Notes a tensor, which must be the one that the manifest names.
 
         Raises:
-            VerificationError: it is none of the layer's, or of another shape or dtype.
+            VerificationError: it is none of the layer's, or of another shape, dtype or hash.
         """
         entry = self.expected.get(key)
         if entry is None:
@@ -40,6 +44,12 @@ class Arrivals:
                 f"tensor {entry.name}: {tensor.dtype} {list(tensor.shape)} in the checkpoint, "
                 f"{entry.spec} in the manifest; convert again, or `ctconvert verify` it"
             )
+        if (wanted := self.hashes.get(entry.name)) is not None:
+            data = raw_bytes(tensor.cpu().contiguous())
+            if hashlib.sha256(data).hexdigest() != wanted:
+                raise VerificationError(
+                    f"tensor {entry.name}: damaged: its hash is not the manifest's"
+                )
         self.came.add(key)
 
     @property

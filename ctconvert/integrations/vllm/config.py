@@ -92,7 +92,9 @@ class CtconvertConfig(QuantizationConfig):
         joined = self.packed_modules_mapping.get(leaf, [])
         if isinstance(layer, LinearBase):
             parts = self.served.parts(prefix, joined)
-            return linear.CtconvertLinear(parts) if parts else linear.PlainLinear(prefix)
+            if not parts:
+                return linear.PlainLinear(prefix)
+            return linear.CtconvertLinear(parts, self.served.hashes)
         if isinstance(layer, VocabParallelEmbedding):
             return vocabulary.method(self.served, layer, prefix)
         return None

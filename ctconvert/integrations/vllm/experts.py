@@ -55,7 +55,8 @@ def method(served: Served, layer: Any, prefix: str) -> FusedMoEMethodBase | None
     gate, up, down = layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name
     count = layer.moe_config.num_logical_experts
     if mine.keys() == {"w13", "w2"}:
-        return Experts(layer, prefix, {"w13": [[mine["w13"]]], "w2": [[mine["w2"]]]})
+        whole = {"w13": [[mine["w13"]]], "w2": [[mine["w2"]]]}
+        return Experts(layer, prefix, whole, served.hashes)
     wanted = {f"{expert}.{leaf}" for expert in range(count) for leaf in (gate, up, down)}
     if odd := mine.keys() ^ wanted:
         raise VerificationError(
@@ -66,7 +67,7 @@ def method(served: Served, layer: Any, prefix: str) -> FusedMoEMethodBase | None
         "w13": [[mine[f"{e}.{gate}"], mine[f"{e}.{up}"]] for e in range(count)],
         "w2": [[mine[f"{e}.{down}"]] for e in range(count)],
     }
-    return Experts(layer, prefix, apart)
+    return Experts(layer, prefix, apart, served.hashes)
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,15 @@ class Experts(FusedMoEMethodBase):
 
     supports_pre_processed_weights = True
 
-    def __init__(self, layer: Any, name: str, modules: dict[str, list[list[Convert]]]) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        name: str,
+        modules: dict[str, list[list[Convert]]],
+        hashes: Mapping[str, str],
+    ) -> None:
         super().__init__(layer.moe_config)
-        self.name, self.modules = name, modules
+        self.name, self.modules, self.hashes = name, modules, hashes
         kind = getattr(layer.activation, "value", layer.activation)
         limited = any(
             getattr(layer, f"swiglu_{setting}", None) is not None
@@ -239,7 +246,7 @@ class Experts(FusedMoEMethodBase):
                 parameter = Parameter(data, requires_grad=False)
                 parameter.weight_loader = partial(self._load, stack, local)  # type: ignore[attr-defined]
                 layer.register_parameter(f"{stack.name}_{local}", parameter)
-        self.arrivals = Arrivals(expected)
+        self.arrivals = Arrivals(expected, self.hashes)
         layer.load_weights = partial(self._load_all, layer)
 
     def _load_all(self, layer: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -69,8 +69,8 @@ class CtconvertLinear(LinearMethodBase):
 
     supports_pre_processed_weights = True
 
-    def __init__(self, parts: Sequence[Convert]) -> None:
-        self.parts = parts
+    def __init__(self, parts: Sequence[Convert], hashes: Mapping[str, str]) -> None:
+        self.parts, self.hashes = parts, hashes
         self.running: Running | None = None
 
     def create_weights(
@@ -112,7 +112,8 @@ class CtconvertLinear(LinearMethodBase):
                 (local, index): part.locals(0)[local]
                 for index, part in enumerate(self.parts)
                 for local in names
-            }
+            },
+            self.hashes,
         )
         self.running = Running(self.parts[0].name, share.binding, dtype)
         self.names = names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from ctconvert.store.checkpoint import MANIFEST
 
 #: Ends the names of tensors that only the way back to the source needs.
 UNREAD = ("_source", "_lost")
+#: Set to 1 in the environment, has every converted tensor hashed as it comes.
+VERIFY = "CTCONVERT_VERIFY"
 
 
 class Served:
@@ -28,7 +31,10 @@ class Served:
 
     def __init__(self, model: str, revision: str | None = None) -> None:
         self.model, self.revision = model, revision
-        self.plan = _manifest(model, revision).plan
+        manifest = _manifest(model, revision)
+        self.plan = manifest.plan
+        #: SHA-256 of the tensors, where they are to be compared as they come.
+        self.hashes = manifest.tensors if os.environ.get(VERIFY) == "1" else {}
         if self.plan.kind != "converted":
             raise UsageError(f"{model}: a restored checkpoint, which vLLM loads without ctconvert")
         self.modules = {module.name: module for module in self.plan.modules}

@@ -27,15 +27,17 @@ def method(served: Served, layer: VocabParallelEmbedding, prefix: str) -> Quanti
     Raises:
         UsageError: an embedding in a layout that nothing looks up, or a head in one for look-ups.
     """
-    parts = served.parts(prefix, ())
     head = isinstance(layer, ParallelLMHead)
+    tables = {name: m for name, m in served.modules.items() if binding(m).spec.embedding}
+    if not prefix and not head and len(tables) == 1:
+        prefix = next(iter(tables))  # some of vLLM's models do not say what they make
+    parts = served.parts(prefix, ())
     if parts:
         table = binding(parts[0]).spec.embedding
         if table == head:
             what = "a table to look up" if table else "no table to look up"
             raise UsageError(f"module {prefix}: {what} in layout {parts[0].recipe.layout}")
-        return Table(parts) if table else Vocabulary(parts)
-    tables = [m for m in served.plan.modules if binding(m).spec.embedding]
+        return (Table if table else Vocabulary)(parts, served.hashes)
     stored = any(copy.name.startswith("lm_head.") for copy in served.plan.copies)
     return TiedHead() if head and tables and not stored else None
 
