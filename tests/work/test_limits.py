@@ -534,8 +534,8 @@ def test_an_expert_takes_no_more_than_is_reserved_for_it(place: Place, size: int
             lambda job=job: job.run(Context(source, sink)),
             lambda job=job: job.run(Context(source, sink)),
         )
-        # what an allocator keeps of earlier work makes it less, or a little more
-        assert peak < item_bytes(item) + 32 * MIB, item.name
+        # what an allocator keeps of earlier work, and how many threads take part, move it
+        assert peak < 2 * item_bytes(item), item.name
 
 
 class _Nowhere:
