@@ -6,6 +6,7 @@ texts go through :func:`printable`, JSON has escapes of its own.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -61,6 +62,7 @@ class Sink:
 
         A verb may still fail when it has shown a result.
         """
+        gc.freeze()  # what a large model's plan holds is no garbage: not looked through again
         if self.as_json or self._events is not None:
             import msgspec
 

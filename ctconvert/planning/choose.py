@@ -15,6 +15,7 @@ from ctconvert import layouts
 from ctconvert.assembly import Assembly, Concat, Pad, Part, Stack, assembled, units
 from ctconvert.errors import UsageError
 from ctconvert.formats.patterns import Pattern, PatternError
+from ctconvert.formats.quantization.config import value_at
 from ctconvert.layouts import Layout
 from ctconvert.planning.assemble import Candidate, padded
 from ctconvert.planning.describe import as_text
@@ -94,6 +95,14 @@ def check_options(options: Options) -> None:
         raise UsageError("--max-shard-size must be positive")
 
 
+#: Where a config.json describes the language model.
+_LANGUAGE_MODELS = (
+    (),
+    ("text_config",),
+    ("llm_config",),
+    ("language_config",),
+    ("thinker_config", "text_config"),
+)
 #: Of what a layout may want the size between an expert's projections to be a multiple.
 _LARGEST_MULTIPLE = 512
 
@@ -112,7 +121,7 @@ def dtype_named(name: str | None) -> Literal["bfloat16", "float16"] | None:
 
 def stated_dtype(config: Mapping[str, Any]) -> str | None:
     """The dtype of a model's activations as its config.json says it, None where it does not."""
-    for part in (config, config.get("text_config")):
+    for part in (value_at(config, path) for path in _LANGUAGE_MODELS):
         for key in ("dtype", "torch_dtype"):
             if isinstance(part, Mapping) and part.get(key) is not None:
                 return as_text(part[key]).removeprefix("torch.")

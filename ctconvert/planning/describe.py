@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ctconvert.formats.base import METADATA_NAMES
-from ctconvert.formats.quantization import QuantizationSettings, copies_of_config
+from ctconvert.formats.quantization import QuantizationSettings, copies_of_config, guess_class
 from ctconvert.formats.quantization.config import value_at
 from ctconvert.planning.modules import Module, Reader
 from ctconvert.planning.schemes import Matcher, evidence
@@ -83,7 +83,7 @@ def describe(checkpoint: Checkpoint) -> Description:
         for local, entry in entries.items()
         if local in METADATA_NAMES and entry.nbytes <= _FEW.get(local, 64)
     )
-    matcher = Matcher(settings, Reader(settings, metadata))
+    matcher = Matcher(settings, Reader(settings, metadata), grouped)
     modules: dict[str, Module] = {}
     plain: dict[str, TensorEntry] = {}
     for name, entries in grouped.items():
@@ -203,6 +203,12 @@ def _oddities(
         if name not in used:
             yield f"{name} is left out: {reason}"
     for module in modules.values():
+        source = module.source
+        if source and not source.weight.embedding and guess_class(module.name) == "Embedding":
+            yield (
+                f"{module.name} is an embedding by its name, and the config means it as Linear: "
+                "its layout is for products, and nothing can be looked up in it"
+            )
         for scale in module.uncalibrated:
             yield f"{module.name}.{scale} is 0, never calibrated, and is dropped"
     if settings.rotations:

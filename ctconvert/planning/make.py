@@ -253,8 +253,12 @@ def restore_plan(manifest: Manifest, id: str, max_shard_size: int) -> Plan:
 
     items.sort(key=first)
     groups = [{entry.name: entry.spec for entry in item.made} for item in items]
-    names = {name for group in groups for name in group}
-    shards, placed = place(groups, max_shard_size, made.source.metadata, names)
+    source = {
+        entry.name: entry
+        for item in items
+        for entry in ((item.output,) if isinstance(item, Copy) else item.outputs)
+    }
+    shards, placed = place(groups, max_shard_size, made.source.metadata, source)
     check_names(shards, [file.name for file in made.side_files])
     return Plan(
         kind="restored",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ctconvert.errors import BadInputError
@@ -18,7 +18,7 @@ def place(
     groups: Iterable[Mapping[str, TensorSpec]],
     limit: int,
     metadata: Mapping[str, Mapping[str, str]],
-    names: Container[str],
+    source: Mapping[str, TensorEntry],
 ) -> tuple[tuple[Shard, ...], Placed]:
     """Fills shards in order, up to ``limit`` bytes of tensors each.
 
@@ -27,8 +27,9 @@ def place(
             larger than the limit stands alone.
         limit: bytes.
         metadata: what the headers of the source's files hold, by file.
-        names: the source's tensors; metadata that names one is an alias of it (of tied tensors) and
-            goes where it lies.
+        source: the source's tensors. Metadata that names one is an alias of it (of tied tensors)
+            and goes where it lies; a shard of nothing but such tensors has that of their files.
+            Where files differ that become one, the first has it.
 
     Returns:
         the shards, and every tensor by name.
@@ -53,20 +54,12 @@ def place(
             size = 0
         shards[-1].extend(group.items())
         size += nbytes
-    known: dict[str, str] = {}
-    for found in metadata.values():
-        known = {**found, **known}
     made: list[Shard] = []
     placed: Placed = {}
     for index, tensors in enumerate(shards, 1):
         # most aligned first, as safetensors writes them, so that every tensor is aligned
         tensors.sort(key=lambda item: -DTYPE_BITS[item[1].dtype])
-        here = {name for name, _ in tensors}
-        own = {
-            key: value
-            for key, value in known.items()
-            if (key, value) != ("format", "pt") and (value not in names or value in here)
-        }
+        own = _metadata({name for name, _ in tensors}, metadata, source)
         header, offsets = build_header(tensors, own)
         file = f"model-{index:05}-of-{len(shards):05}.safetensors"
         if len(shards) == 1:
@@ -76,6 +69,26 @@ def place(
         total = len(header) + sum(spec.nbytes for _, spec in tensors)
         made.append(Shard(file, total, tuple(name for name, _ in tensors), own))
     return tuple(made), placed
+
+
+def _metadata(
+    here: set[str], metadata: Mapping[str, Mapping[str, str]], source: Mapping[str, TensorEntry]
+) -> dict[str, str]:
+    """What the header of a shard of the tensors ``here`` holds; see :func:`place`."""
+    if all(values == {"format": "pt"} for values in metadata.values()):
+        return {}
+    files = set(metadata)
+    if here <= source.keys():
+        files = {source[name].file for name in here}
+    found: dict[str, str] = {}
+    for file, values in metadata.items():
+        if file in files:
+            found = {**values, **found}
+    return {
+        key: value
+        for key, value in found.items()
+        if (key, value) != ("format", "pt") and (value not in source or value in here)
+    }
 
 
 def check_names(shards: Sequence[Shard], side_files: Iterable[str]) -> None:

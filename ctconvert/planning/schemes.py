@@ -8,7 +8,7 @@ exactly decides; where that leaves a choice it is a fault of the module, which n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from msgspec.structs import replace
 
@@ -53,15 +53,20 @@ class Matcher:
     Args:
         settings: the checkpoint's.
         reader: checks tensors against schemes.
+        names: of all its modules.
     """
 
-    def __init__(self, settings: QuantizationSettings, reader: Reader) -> None:
+    def __init__(
+        self, settings: QuantizationSettings, reader: Reader, names: Container[str]
+    ) -> None:
         self.settings = settings
         self.reader = reader
+        self._names = names
         self._used: set[str] = set()
         self._renamed: list[tuple[str, str]] = []
         self._by_fit: list[tuple[str, str]] = []
         self._dense: dict[str, list[str]] = {}
+        self._named_otherwise: list[str] = []
 
     def quantised(self, name: str, entries: Entries) -> Module:
         """A module that holds quantised tensors."""
@@ -141,6 +146,9 @@ class Matcher:
         weight = entries.get("weight")
         if weight is None or len(weight.spec.shape) != 2:
             return None
+        others = (other for other in other_names(name) if other not in self._names)
+        if any(self.settings.names(other) for other in others):
+            self._named_otherwise.append(name)
         for scheme in self.settings.schemes_of(name, guess_class(name)):
             if scheme.scheme is not None and scheme.scheme.weights is None:
                 continue
@@ -176,6 +184,11 @@ class Matcher:
             yield (
                 f"{_counted(dense, 'module')} that the config means by class or pattern {verb} "
                 "unquantised, and copied"
+            )
+        if self._named_otherwise:
+            yield (
+                f"{_counted(self._named_otherwise, 'module')} that the config names, under another "
+                "prefix, unquantised and copied"
             )
         if self._renamed:
             name, other = self._renamed[0]

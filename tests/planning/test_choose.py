@@ -248,6 +248,7 @@ def test_a_refusal_names_the_layouts_of_other_targets() -> None:
         ({"torch_dtype": "torch.float16"}, None, "float16", False),
         ({"text_config": {"dtype": "float16"}}, None, "float16", False),
         ({"dtype": None, "text_config": {"torch_dtype": "bfloat16"}}, None, "bfloat16", False),
+        ({"thinker_config": {"text_config": {"dtype": "float16"}}}, None, "float16", False),
         ({"dtype": "bfloat16"}, "float16", "float16", False),
         ({"dtype": "float32"}, "float16", "float16", False),
         ({}, None, "bfloat16", True),

@@ -11,16 +11,17 @@ from support.memory import planned
 from ctconvert.errors import BadInputError
 from ctconvert.planning.place import index_of, place
 from ctconvert.specs import DTYPE_BITS, TensorSpec
+from ctconvert.store.safetensors import TensorEntry
 
 BYTES = TensorSpec("U8", (100,))
 
 
 def names(groups: list[dict[str, TensorSpec]], limit: int) -> list[tuple[str, ...]]:
-    return [shard.tensors for shard in place(groups, limit, {}, ())[0]]
+    return [shard.tensors for shard in place(groups, limit, {}, {})[0]]
 
 
 def test_one_shard_has_the_plain_name() -> None:
-    shards, placed = place([{"a": BYTES}, {"b": BYTES}], 200, {}, ())
+    shards, placed = place([{"a": BYTES}, {"b": BYTES}], 200, {}, {})
     assert [shard.name for shard in shards] == ["model.safetensors"]
     assert placed["b"].offset - placed["a"].offset == 100
     assert shards[0].size == placed["b"].end
@@ -30,7 +31,7 @@ def test_shards_are_filled_in_order() -> None:
     groups = [{"a": BYTES}, {"b": BYTES}, {"c": BYTES}]
     assert names(groups, 299) == [("a", "b"), ("c",)]
     assert names(groups, 300) == [("a", "b", "c")]
-    shards, placed = place(groups, 100, {}, ())
+    shards, placed = place(groups, 100, {}, {})
     assert [shard.name for shard in shards] == [
         f"model-0000{index}-of-00003.safetensors" for index in (1, 2, 3)
     ]
@@ -49,7 +50,7 @@ def test_every_tensor_is_aligned() -> None:
         "i64": TensorSpec("I64", (1,)),
         "bf16": TensorSpec("BF16", (1,)),
     }
-    (shard,), placed = place([group], 1000, {}, ())
+    (shard,), placed = place([group], 1000, {}, {})
     assert shard.tensors == ("i64", "f32", "bf16", "u8")
     for entry in placed.values():
         assert entry.offset % (DTYPE_BITS[entry.spec.dtype] // 8) == 0
@@ -57,7 +58,7 @@ def test_every_tensor_is_aligned() -> None:
 
 def test_a_name_twice_is_an_error() -> None:
     with pytest.raises(BadInputError, match="named a; the source already holds"):
-        place([{"a": BYTES}, {"a": BYTES}], 1000, {}, ())
+        place([{"a": BYTES}, {"a": BYTES}], 1000, {}, {})
 
 
 def test_headers_and_index_agree_with_the_places() -> None:
@@ -84,8 +85,16 @@ def test_metadata_is_kept_and_aliases_go_where_their_tensor_lies() -> None:
         "a.safetensors": {"format": "pt", "producer": "x", "lm_head.weight": "a"},
         "b.safetensors": {"format": "pt", "other": "b", "gone": "c", "producer": "y"},
     }
-    shards, _ = place([{"a": BYTES}, {"b": BYTES}], 100, metadata, {"a", "b", "c"})
+    source = {
+        name: TensorEntry(name, f"{file}.safetensors", 0, BYTES)
+        for name, file in (("a", "a"), ("b", "b"), ("c", "b"))
+    }
+    shards, _ = place([{"a": BYTES}, {"b": BYTES}], 100, metadata, source)
     assert [shard.metadata for shard in shards] == [
         {"producer": "x", "lm_head.weight": "a"},
-        {"producer": "x", "other": "b"},
+        {"producer": "y", "other": "b"},
     ]
+    (whole,), _ = place([{"a": BYTES}, {"b": BYTES}], 1000, metadata, source)
+    assert whole.metadata == {"producer": "x", "lm_head.weight": "a", "other": "b"}
+    (made,), _ = place([{"a.qweight": BYTES}], 100, metadata, source)
+    assert made.metadata == {"producer": "x"}

@@ -66,6 +66,23 @@ def test_a_dense_weight_that_is_named_is_a_fault() -> None:
     assert f"{DOWN}.weight" in {copy.name for copy in plan.copies}
 
 
+def test_a_dense_weight_that_is_named_under_another_prefix_is_told() -> None:
+    stored = "model.language_model.layers.0.mlp.down_proj"
+    config = config_of(W4, group_config(weight_args(4, 32), [DOWN]))
+    tensors = packed(UP) | packed(DOWN) | dense(stored)
+    assert "another prefix" not in notes(tensors, config)  # the name is another module's
+    del tensors[f"{DOWN}.weight_packed"], tensors[f"{DOWN}.weight_scale"]
+    del tensors[f"{DOWN}.weight_shape"]
+    assert f"1 module ({stored}) that the config names, under another" in notes(tensors, config)
+
+
+def test_an_embedding_that_the_config_means_as_linear_is_told() -> None:
+    name = "model.embed_tokens"
+    assert f"{name} is an embedding by its name" in notes(packed(name), config_of(W4))
+    both = config_of(W4 | {"targets": ["Linear", "Embedding"]})
+    assert notes(packed(name), both) == ""
+
+
 def test_a_group_that_finds_nothing_quantised_is_an_error() -> None:
     group = group_config(weight_args(8, 32), ["re:.*down_proj"])
     with pytest.raises(BadInputError, match=rf"group_1 means 1 module \({DOWN}\), and not one"):

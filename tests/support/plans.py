@@ -57,7 +57,7 @@ def hand_made(description: Description, wanted: Iterable[Wanted], limit: int = 2
         recipes.append((item, recipe, list(made)))
         groups.append(made)
     plain = list(description.plain.values())
-    shards, placed = place([*groups, *({entry.name: entry.spec} for entry in plain)], limit, {}, ())
+    shards, placed = place([*groups, *({entry.name: entry.spec} for entry in plain)], limit, {}, {})
     sizes = checkpoint.store.sizes()
     return Plan(
         kind="converted",

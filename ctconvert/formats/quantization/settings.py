@@ -233,6 +233,10 @@ class QuantizationSettings:
             self._known[key] = ModuleScheme(stored, scheme, target, sparse, group, by)
         return self._known[key]
 
+    def names(self, name: str) -> bool:
+        """Whether a config group names a module, and the ignore list does not."""
+        return name in self._named and not self.ignore.any(name)
+
     def schemes_of_quantised(self, name: str) -> list[ModuleScheme]:
         """:meth:`schemes_of` for a module that holds quantised tensors: its class is only guessed.
 

@@ -106,7 +106,7 @@ class TiedHead(QuantizeMethodBase):
         raise UsageError("lm_head: the checkpoint has no tensor for it, and vLLM does not tie it")
 
     def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        raise NotImplementedError("a tied head is the embedding")
+        raise AssertionError("a tied head is the embedding")
 
 
 def _none(*args: Any, **more: Any) -> None:
