@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from bench_marlin import permutation
 from safetensors import safe_open
 
 LEAVES = ("gate_proj", "up_proj", "down_proj")
@@ -97,18 +98,6 @@ def repack(source: Path, out: Path) -> tuple[float, float, int]:
     return time.perf_counter() - begun, used.ru_utime + used.ru_stime, peak
 
 
-def permutation() -> torch.Tensor:
-    positions = [
-        16 * r + i // 4 + 8 * block + 256 * j
-        for i in range(32)
-        for j in range(4)
-        for block in (0, 1)
-        for r in (2 * (i % 4), 2 * (i % 4) + 1, 2 * (i % 4) + 8, 2 * (i % 4) + 9)
-    ]
-    order = (0, 2, 4, 6, 1, 3, 5, 7)
-    return torch.tensor([positions[at + p] for at in range(0, 1024, 8) for p in order])
-
-
 def tiles(words: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """K-packed i32 [N, K/8] to Marlin's i32 [K/16, 2N], as plain torch does it."""
     n = words.shape[0]
@@ -124,7 +113,7 @@ def tiles(words: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 def loop(source: Path, count: int, out: Path) -> tuple[float, float]:
     """Seconds and CPU seconds per expert of the plain loop."""
-    order = permutation()
+    order = torch.tensor(permutation(4))
     grouped = torch.tensor([i + 8 * j for i in range(8) for j in range(8)])
     seconds = used = 0.0
     with (

@@ -156,8 +156,8 @@ def _random_words(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
     return torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int32, device=device)
 
 
-def _definition(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Tiles of one run of 64 rows, code by code from the layout's permutation of 1024."""
+def permutation(bits: int) -> list[int]:
+    """Which code of a 16 x 64 tile stands where, as the layout's definition has it."""
     positions = [
         16 * r + i // 4 + 8 * blk + 256 * j
         for i in range(32)
@@ -166,11 +166,15 @@ def _definition(words: torch.Tensor, bits: int) -> torch.Tensor:
         for r in (2 * (i % 4), 2 * (i % 4) + 1, 2 * (i % 4) + 8, 2 * (i % 4) + 9)
     ]
     order = _INTERLEAVE[bits]
-    permutation = [positions[at + p] for at in range(0, 1024, len(order)) for p in order]
+    return [positions[at + p] for at in range(0, 1024, len(order)) for p in order]
+
+
+def _definition(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Tiles of one run of 64 rows, code by code from the layout's permutation of 1024."""
     f = 32 // bits
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     codes = (words[:, :, None] >> shifts & (1 << bits) - 1).flatten(1)
-    flat = codes.view(4, 16, -1, 16).permute(2, 0, 3, 1).reshape(-1, 1024)[:, permutation]
+    flat = codes.view(4, 16, -1, 16).permute(2, 0, 3, 1).reshape(-1, 1024)[:, permutation(bits)]
     return (flat.view(-1, 1024 // f, f) << shifts).sum(2).to(torch.int32)
 
 

@@ -22,6 +22,8 @@ import ctconvert.integrations.transformers  # noqa: E402
 from ctconvert.integrations.transformers.standins import KernelMoe, KernelSlot  # noqa: E402
 from ctconvert.runtime import load_model  # noqa: E402
 
+T5 = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4}
+
 INT4 = group_config(weight_args(4, 32))
 SCHEMES = {
     "int4": INT4,
@@ -174,12 +176,8 @@ def test_a_tied_embedding_beside_quantised_modules(fuse: bool, tmp_path: Path) -
 def test_an_encoder_decoder(tmp_path: Path) -> None:
     """T5 asks for the dtype of a weight, ties three tables, and wants ``wo`` in float32."""
     config = transformers.T5Config(
-        vocab_size=128,
-        d_model=64,
-        d_kv=16,
-        d_ff=96,
+        **T5,
         num_layers=2,
-        num_heads=4,
         feed_forward_proj="gated-gelu",
         dtype=torch.bfloat16,
         decoder_start_token_id=0,
@@ -198,12 +196,8 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
 
 def test_an_encoder_decoder_with_its_shared_table_quantised(tmp_path: Path) -> None:
     config = transformers.T5Config(
-        vocab_size=128,
-        d_model=64,
-        d_kv=16,
-        d_ff=96,
+        **T5,
         num_layers=1,
-        num_heads=4,
         dtype=torch.bfloat16,
         decoder_start_token_id=0,
         tie_word_embeddings=True,
@@ -255,12 +249,8 @@ def test_a_model_of_text_and_images(tmp_path: Path) -> None:
 def test_the_tensors_are_the_checkpoints_own(tmp_path: Path) -> None:
     """Whatever the dtype of the model, every kernel has the bytes of the file."""
     config = transformers.T5Config(
-        vocab_size=128,
-        d_model=64,
-        d_kv=16,
-        d_ff=96,
+        **T5,
         num_layers=1,
-        num_heads=4,
         dtype=torch.bfloat16,
     )
     choose = lambda name, tensor: linears(name, tensor) and "relative" not in name  # noqa: E731

@@ -12,6 +12,7 @@ from conftest import GPU
 from safetensors.torch import save_file
 from support.builders import config_of, group_config, quantised, weight_args, write_checkpoint
 from support.conversion import converted
+from support.hf import TINY
 from support.reference import load_tensors
 
 import ctconvert
@@ -27,16 +28,7 @@ def whole_model(folder: Path, **config: Any) -> Path:
     from compressed_tensors.quantization import QuantizationScheme
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    settings = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        dtype=torch.bfloat16,
-        **config,
-    )
+    settings = LlamaConfig(**TINY, dtype=torch.bfloat16, **config)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
     tied = settings.tie_word_embeddings
