@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.block_floats import mxfp8, mxfp8_group, nvfp4, nvfp4_group
 from support.builders import (
     DYNAMIC_INT8,
     STATIC_INT8,
     config_of,
     group_config,
+    module,
     quantised,
     weight_args,
     write_checkpoint,
@@ -27,6 +29,8 @@ from ctconvert.runtime.loading import Loader
 from ctconvert.transforms.dense import dense_weight
 
 pytest.importorskip("vllm", reason="vLLM is not installed (tests/integration/environment.sh)")
+
+from vllm import _custom_ops  # noqa: F401 (loads the ops)
 
 from ctconvert.integrations.vllm import engine
 from ctconvert.integrations.vllm.running import Running
@@ -66,6 +70,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str, float]] = {
         "marlin_gemm",
         2e-2,
     ),
+    "marlin nvfp4": ("marlin-nvfp4", nvfp4_group(False), "marlin_gemm", 2e-2),
+    "marlin mxfp8": ("marlin-mxfp8", mxfp8_group(), "marlin_gemm", 2e-2),
     "marlin fp8": ("marlin-fp8", fp8(None), "marlin_gemm", 2e-2),
     "machete int4": ("machete", group_config(weight_args(4, 64)), "machete_mm", 2e-2),
     "machete int4 channel": ("machete", group_config(weight_args(4, None)), "machete_mm", 2e-2),
@@ -99,7 +105,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str, float]] = {
 
 def converted(folder: Path, layout: str, group: dict[str, Any]) -> Path:
     """A checkpoint of one module, in a layout."""
-    tensors = {f"{NAME}.{local}": t for local, t in quantised(N, K, group, 7).items()}
+    others = {"nvfp4-pack-quantized": nvfp4(N, K, 7, False), "mxfp8-quantized": mxfp8(N, K, 7)}
+    made = others.get(group["format"]) or quantised(N, K, group, 7)
+    tensors = module(NAME, made)
     source = write_checkpoint(folder / "source", tensors, config_of(group))
     out = folder / "out"
     ctconvert.repack(source, out, target="cuda-sm90", layout={"*": layout}, device="cpu")
@@ -118,15 +126,15 @@ def test_an_op_computes_what_the_layout_means(case: str, tmp_path: Path) -> None
     if running.engine is None:
         pytest.skip(f"this build of vLLM, or this GPU, has no {op}")
     assert running.by == f"vLLM's {op}"
+    kernel = running.kernel or kernels.find(layout)
     found = layouts.get(layout)
-    assert found is not None
-    plain = found.decode(host, padded(bound.spec, *bound.padded))
+    assert found is not None and kernel is not None
+    read = host | {name: torch.zeros_like(host[name]) for name in kernel.lost}
+    plain = found.decode(read, padded(bound.spec, *bound.padded))
     weight = dense_weight(plain)[:N, :K].double()
     tensors = {name: tensor.cuda() for name, tensor in host.items()}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     running.prepare(tensors)
-    kernel = kernels.find(layout) if kernels.find(layout, bound.spec) is None else running.kernel
-    assert kernel is not None
     for rows in ROWS:
         torch.manual_seed(rows)
         x = torch.randn(rows, K).bfloat16()
