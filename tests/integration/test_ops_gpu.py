@@ -53,14 +53,16 @@ def fp8(inputs: Mapping[str, Any] | None) -> dict[str, Any]:
     return group_config(FLOAT8, format="float-quantized", inputs=given)
 
 
+#: A result and its bias rounded to bfloat16 one after the other.
+BF16 = 3e-2
 #: A layout, a config group, the op it must run on, and the largest error of a result over the
 #: norm of what is summed: the op's own rounding of 16-bit weights, or of FP8 sums.
 CASES: dict[str, tuple[str, dict[str, Any], str, float]] = {
-    "marlin int4": ("marlin", group_config(weight_args(4, 64)), "marlin_gemm", 2e-2),
-    "marlin int4 g128": ("marlin", group_config(weight_args(4, 128)), "marlin_gemm", 2e-2),
-    "marlin int4 channel": ("marlin", group_config(weight_args(4, None)), "marlin_gemm", 2e-2),
-    "marlin int4 asym": ("marlin", group_config(weight_args(4, 32, False)), "marlin_gemm", 2e-2),
-    "marlin int8": ("marlin", group_config(weight_args(8, 128)), "marlin_gemm", 2e-2),
+    "marlin int4": ("marlin", group_config(weight_args(4, 64)), "marlin_gemm", BF16),
+    "marlin int4 g128": ("marlin", group_config(weight_args(4, 128)), "marlin_gemm", BF16),
+    "marlin int4 channel": ("marlin", group_config(weight_args(4, None)), "marlin_gemm", BF16),
+    "marlin int4 asym": ("marlin", group_config(weight_args(4, 32, False)), "marlin_gemm", BF16),
+    "marlin int8": ("marlin", group_config(weight_args(8, 128)), "marlin_gemm", BF16),
     "marlin mxfp4": (
         "marlin-mxfp4",
         group_config(
@@ -68,29 +70,29 @@ CASES: dict[str, tuple[str, dict[str, Any], str, float]] = {
             format="mxfp4-pack-quantized",
         ),
         "marlin_gemm",
-        2e-2,
+        BF16,
     ),
-    "marlin nvfp4": ("marlin-nvfp4", nvfp4_group(False), "marlin_gemm", 2e-2),
-    "marlin mxfp8": ("marlin-mxfp8", mxfp8_group(), "marlin_gemm", 2e-2),
-    "marlin fp8": ("marlin-fp8", fp8(None), "marlin_gemm", 2e-2),
-    "machete int4": ("machete", group_config(weight_args(4, 64)), "machete_mm", 2e-2),
-    "machete int4 channel": ("machete", group_config(weight_args(4, None)), "machete_mm", 2e-2),
+    "marlin nvfp4": ("marlin-nvfp4", nvfp4_group(False), "marlin_gemm", BF16),
+    "marlin mxfp8": ("marlin-mxfp8", mxfp8_group(), "marlin_gemm", BF16),
+    "marlin fp8": ("marlin-fp8", fp8(None), "marlin_gemm", BF16),
+    "machete int4": ("machete", group_config(weight_args(4, 64)), "machete_mm", BF16),
+    "machete int4 channel": ("machete", group_config(weight_args(4, None)), "machete_mm", BF16),
     "machete int4 asym": ("machete", group_config(weight_args(4, 128, False)), "machete_mm", 4e-2),
-    "machete int8": ("machete", group_config(weight_args(8, 128)), "machete_mm", 2e-2),
-    "triton int4": ("triton-wna16", group_config(weight_args(4, 64)), "triton_w4a16_gemm", 2e-2),
+    "machete int8": ("machete", group_config(weight_args(8, 128)), "machete_mm", BF16),
+    "triton int4": ("triton-wna16", group_config(weight_args(4, 64)), "triton_w4a16_gemm", BF16),
     "triton int4 asym": (
         "triton-wna16",
         group_config(weight_args(4, 32, False)),
         "triton_w4a16_gemm",
-        2e-2,
+        BF16,
     ),
     "int8 dynamic": ("scaled-mm", int8(), "cutlass_scaled_mm", 3e-2),
-    "int8 dynamic asym": ("scaled-mm", int8(symmetric=False), "cutlass_scaled_mm_azp", 2e-2),
+    "int8 dynamic asym": ("scaled-mm", int8(symmetric=False), "cutlass_scaled_mm_azp", BF16),
     "int8 static": (
         "scaled-mm",
         int8(dynamic=False, strategy="tensor"),
         "cutlass_scaled_mm",
-        2e-2,
+        BF16,
     ),
     "fp8 dynamic": ("scaled-mm", fp8(DYNAMIC_FP8), "cutlass_scaled_mm", 3e-2),
     "fp8 static": ("scaled-mm", fp8(STATIC_FP8), "cutlass_scaled_mm", 3e-2),
