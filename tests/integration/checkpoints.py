@@ -75,14 +75,15 @@ def write_pair(
     With ``vocabulary`` the embedding is quantised too, and the head unless it is tied.
     """
     made = torch.Generator().manual_seed(5)
+    dtype = getattr(torch, config["torch_dtype"])
 
     def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=made) * 0.5).bfloat16()
+        return (torch.randn(shape, generator=made) * 0.5).to(dtype)
 
     plain = {
         "model.embed_tokens.weight": random(VOCABULARY, HIDDEN),
         "lm_head.weight": random(VOCABULARY, HIDDEN) * 0.2,
-        "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
+        "model.norm.weight": torch.ones(HIDDEN, dtype=dtype),
     }
     for number in range(LAYERS):
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -103,14 +104,16 @@ def write_pair(
     scheme = QuantizationScheme.model_validate(dict(group))
     codec = BaseCompressor.get_value_from_registry(str(group["format"]))
     for seed, (name, n, k) in enumerate(linears):
-        tensors = quantised(n, k, group, seed)
+        tensors = quantised(n, k, group, seed, dtype)
+        if "weight" in tensors:  # int8, halved: CPUs without VNNI add two products in 16 bits
+            tensors["weight"] //= 2
         # Powers of two: every weight is a bfloat16. As large as those of 4 bits, whatever the bits.
         scale = tensors["weight_scale"]
         power = scale.float().log2().round() + 4 - group["weights"]["num_bits"]
         tensors["weight_scale"] = torch.exp2(power).to(scale.dtype)
         packed |= {f"{name}.{local}": tensor for local, tensor in tensors.items()}
         weight = codec.decompress(dict(tensors), scheme)["weight"].detach()
-        dense[f"{name}.weight"] = weight.bfloat16()
+        dense[f"{name}.weight"] = weight.to(dtype)
     ignore = ["re:.*mlp.gate$"] if vocabulary else ["lm_head", "re:.*mlp.gate$"]
     settings = {key: value for key, value in config.items() if key != "architectures"}
     named = {"architectures": config["architectures"], **settings}

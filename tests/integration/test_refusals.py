@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,26 +19,29 @@ from ctconvert.store.local import LocalStore
 
 pytest.importorskip("vllm", reason="vLLM is not installed (tests/integration/environment.sh)")
 
-from integration.checkpoints import QWEN3_MOE, write_pair
-from integration.engine import serve
+from integration.checkpoints import LLAMA, QWEN3_MOE, write_pair
+from integration.engine import reading, serve
 
 VICTIM = "model.layers.1.self_attn.k_proj.qweight"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.scales"
 GROUP = group_config(weight_args(4, 64))
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    source, _ = write_pair(tmp_path, GROUP)
-    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
-    return tmp_path / "out"
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints to copy."""
+    found = {}
+    for name, config in (("dense", LLAMA), ("experts", QWEN3_MOE)):
+        folder = tmp_path_factory.mktemp(name)
+        source, _ = write_pair(folder, GROUP, config)
+        ctconvert.repack(source, folder / "out", target="triton", device="cpu")
+        found[name] = folder / "out"
+    return found
 
 
 @pytest.fixture
-def experts(tmp_path: Path) -> Path:
-    source, _ = write_pair(tmp_path, GROUP, QWEN3_MOE)
-    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
-    return tmp_path / "out"
+def out(sound: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound["dense"], tmp_path / "out"))
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -97,52 +100,28 @@ def test_a_layout_of_another_version(out: Path) -> None:
         serve(out)
 
 
-def streamed(monkeypatch: pytest.MonkeyPatch, name: str, change: Change | None) -> None:
-    """Has vLLM's reader lose a tensor, or change it: what the files hold stays sound."""
-    from vllm.model_executor.model_loader import default_loader
-
-    read = default_loader.safetensors_weights_iterator
-
-    def spoilt(*args: Any, **more: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        for found, tensor in read(*args, **more):
-            if found != name:
-                yield found, tensor
-            elif change is not None:
-                yield found, change(tensor)
-
-    monkeypatch.setattr(default_loader, "safetensors_weights_iterator", spoilt)
-
-
 @pytest.mark.parametrize("change", [None, lambda t: t[:-1], lambda t: t.float()], ids=str)
-@pytest.mark.parametrize("folder, name", [("out", VICTIM), ("experts", EXPERT)])
+@pytest.mark.parametrize("model, name", [("dense", VICTIM), ("experts", EXPERT)])
 def test_what_never_comes_or_comes_otherwise(
-    folder: str,
-    name: str,
-    change: Change | None,
-    request: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    sound: dict[str, Path], model: str, name: str, change: Change | None
 ) -> None:
-    checkpoint = request.getfixturevalue(folder)
-    streamed(monkeypatch, name, change)
-    with pytest.raises(VerificationError, match=name):
-        serve(checkpoint)
+    def spoilt(found: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+        if found != name:
+            return found, tensor
+        return None if change is None else (found, change(tensor))
+
+    with reading(spoilt), pytest.raises(VerificationError, match=name):
+        serve(sound[model])
 
 
-def test_no_weight_moves_after_loading(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_changed_after_loading(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every load here is watched: a method that made its weights anew would be seen."""
     from ctconvert.integrations.vllm.linear import CtconvertLinear
 
-    seen: list[tuple[dict[str, int], dict[str, int]]] = []
-    process = CtconvertLinear.process_weights_after_loading
+    def renewed(self: CtconvertLinear, layer: torch.nn.Module) -> None:
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.clone()
 
-    def pointers(layer: torch.nn.Module) -> dict[str, int]:
-        return {name: p.untyped_storage().data_ptr() for name, p in layer.named_parameters()}
-
-    def watched(self: CtconvertLinear, layer: torch.nn.Module) -> None:
-        before = pointers(layer)
-        process(self, layer)
-        seen.append((before, pointers(layer)))
-
-    monkeypatch.setattr(CtconvertLinear, "process_weights_after_loading", watched)
-    serve(out)
-    assert len(seen) == 8
-    assert all(before == after for before, after in seen)
+    monkeypatch.setattr(CtconvertLinear, "process_weights_after_loading", renewed)
+    with pytest.raises(AssertionError, match="was moved after loading"):
+        serve(out)

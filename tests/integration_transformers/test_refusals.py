@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.builders import group_config, module, quantised, weight_args
-from support.cli import environment
 from support.hub import Hub, hub_environment
 from support.reference import load_tensors
 
@@ -233,36 +232,19 @@ def test_no_such_checkpoint(tmp_path: Path) -> None:
 
 # --- programs of their own -----------------------------------------------------------------------
 
-#: What transformers alone does: it makes weights up, and only warns.
-WITHOUT = """
+#: What transformers alone does with a folder, which is to make weights up and only warn; then the
+#: line that the README gives, and the same checkpoint from a Hub.
+PROGRAM = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 made = [AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj.weight
         for _ in range(2)]
 assert not torch.equal(*made)
-"""
-
-
-def test_without_the_import_weights_are_random(out: Path) -> None:
-    """So the README says in its first lines; the day it is an error there, that line can go."""
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, str(out)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "Unknown quantization type, got ctconvert" in done.stderr
-
-
-FROM_HUB = """
-import sys, torch
-from transformers import AutoModelForCausalLM
 import ctconvert.integrations.transformers
 from ctconvert.runtime import load_model
 ids = torch.arange(1, 24)[None]
 models = [AutoModelForCausalLM.from_pretrained("org/tiny"), load_model("org/tiny", "cpu")[0]]
-torch.save([model(input_ids=ids).logits.detach() for model in models], sys.argv[1])
+torch.save([model(input_ids=ids).logits.detach() for model in models], sys.argv[2])
 """
 
 
@@ -273,15 +255,22 @@ def hub() -> Iterator[Hub]:
     served.close()
 
 
-def test_a_hub_id(out: Path, hub: Hub, tmp_path: Path) -> None:
-    """Plain ``from_pretrained`` fetches the weights alone; the manifest is fetched with them."""
+def test_without_the_import_weights_are_random_and_with_it_a_hub_id_loads(
+    out: Path, hub: Hub, tmp_path: Path
+) -> None:
+    """Plain ``from_pretrained`` fetches the weights alone; the manifest is fetched with them.
+
+    Before the import it warns, as the README says in its first lines; the day that it is an error
+    there, that line can go.
+    """
     commit = "0123456789abcdef0123456789abcdef01234567"
     hub.repos["org/tiny"], hub.folders[commit] = {"main": commit}, out
-    script = [sys.executable, "-c", FROM_HUB, str(tmp_path / "logits.pt")]
+    script = [sys.executable, "-c", PROGRAM, str(out), str(tmp_path / "logits.pt")]
     done = subprocess.run(
         script, env=hub_environment(hub, tmp_path), capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
+    assert "Unknown quantization type, got ctconvert" in done.stderr
     expected = load_model(out, "cpu")[0](input_ids=IDS).logits
     for found in torch.load(tmp_path / "logits.pt"):
         assert torch.equal(found, expected)

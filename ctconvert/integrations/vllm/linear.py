@@ -22,7 +22,7 @@ from vllm.model_executor.parameter import (
 )
 
 from ctconvert.errors import VerificationError
-from ctconvert.integrations.vllm.arrivals import Arrivals, noting
+from ctconvert.integrations.vllm.arrivals import Arrivals, loaded_elsewhere, noting
 from ctconvert.integrations.vllm.cuts import Held, Share, share
 from ctconvert.integrations.vllm.running import Running
 from ctconvert.integrations.vllm.served import UNREAD
@@ -167,7 +167,7 @@ class PlainLinear(UnquantizedLinearMethod):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         whole = None in self.came or any(isinstance(shard, tuple) for shard in self.came)
-        if not whole and len(self.came) < self.parts:
+        if not (whole or loaded_elsewhere()) and len(self.came) < self.parts:
             raise VerificationError(
                 f"module {self.name}: vLLM loaded no weight for it; the checkpoint lacks it, or "
                 "vLLM's model has no such name"
