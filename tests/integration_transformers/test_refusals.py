@@ -276,7 +276,7 @@ def hub() -> Iterator[Hub]:
 def test_a_hub_id(out: Path, hub: Hub, tmp_path: Path) -> None:
     """Plain ``from_pretrained`` fetches the weights alone; the manifest is fetched with them."""
     commit = "0123456789abcdef0123456789abcdef01234567"
-    hub.repos["org/tiny"], hub.folders[commit] = {"main": commit}, out
+    hub.add("org/tiny", out, oid=commit)
     script = [sys.executable, "-c", FROM_HUB, str(tmp_path / "logits.pt")]
     done = subprocess.run(
         script, env=hub_environment(hub, tmp_path), capture_output=True, text=True, cwd=tmp_path
