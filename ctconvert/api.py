@@ -186,6 +186,7 @@ def repack(
     layout: Mapping[str, str] | None = None,
     max_shard_size: int = 5_000_000_000,
     dtype: str | None = None,
+    local_copy: bool = False,
     workers: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -199,6 +200,8 @@ def repack(
             for :func:`plan`.
         out: the directory to make; ``MODEL-TARGET`` beside the model where not given.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``: where transforms run.
+        local_copy: download a Hub model into the local cache first; else its files are fetched
+            as they are needed, and kept beside ``out`` no longer than that.
         workers: threads that read, transform and write; chosen by the machine where None.
         resume: take over the finished shards of a killed run.
         overwrite: replace an existing output.
@@ -228,7 +231,7 @@ def repack(
     )
     check_options(options)
     destination = default_out(model, target) if out is None else home_path(out)
-    store = open_store(str(model), download=True)
+    store = open_store(str(model), download=local_copy)
     with _no_collection():
         planned = make_plan(describe(Checkpoint(store)), options)
     return build(planned, store, destination, settings)
@@ -303,7 +306,8 @@ def verify(
         )
     found = verify_output(output, executor, shown)
     if against is not None:
-        checkpoint = Checkpoint(open_store(str(against), download=True))
+        # what two comparisons read is fetched once
+        checkpoint = Checkpoint(open_store(str(against), download=independent))
         compared = verify_against(output, checkpoint, executor, shown)
         found = replace(found, against=compared)
         if independent:

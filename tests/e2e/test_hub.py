@@ -114,7 +114,7 @@ LIVE: dict[str, Call] = {
     "inspect": ("inspect", ["org/name"], {}),
     "inspect for a target": ("inspect", ["org/name@v2"], TRITON),
     "plan": ("plan", ["org/name"], TRITON),
-    "repack": ("repack", ["org/name@v2", "out"], ON_CPU),
+    "repack": ("repack", ["org/name@v2", "out"], ON_CPU | {"local_copy": True}),
     "repack, default place": ("repack", ["org/name"], ON_CPU),
     "verify": ("verify", ["out"], {"against": "org/name@v2"}),
     "inspect, no such repository": ("inspect", ["org/nope"], {}),

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
 from support.paths import ROOT
 
 #: What the Hub stores with LFS, of files that bring no .gitattributes.
@@ -132,7 +134,11 @@ class Hub:
 
             do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """Of a client that was killed."""
+
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         port = self.server.server_address[1]
         self.url = f"http://127.0.0.1:{port}"
@@ -475,3 +481,24 @@ def hub_environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         **more,
     }
+
+
+def use_hub(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes ``hub`` the Hub of this process, and ``home`` where its cache and token are."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_ETAG_TIMEOUT": 1,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 1,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
