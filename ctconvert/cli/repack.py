@@ -19,6 +19,7 @@ from ctconvert.cli.options import (
     parse_layouts,
     parse_size,
 )
+from ctconvert.cli.push import print_pushed
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import collapse, shape_text, size
 from ctconvert.layouts import TARGETS
@@ -86,6 +87,9 @@ def repack(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read the output back and check it.")
     ] = True,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Then put it on the Hub, as `push` does.")
+    ] = None,
 ) -> None:
     """Convert a compressed-tensors checkpoint into a kernel-ready one."""
     sink = Sink(json_, json_events)
@@ -134,6 +138,7 @@ def repack(
                 resume=resume,
                 overwrite=overwrite,
                 verify=verify,
+                push_to=push,
                 progress=progress,
             )
         sink.show(report, lambda sink, report: _print(sink, report, verify))
@@ -149,6 +154,8 @@ def _print(sink: Sink, report: Report, verified: bool) -> None:
     for refusal in report.kept:
         sink.line(f"kept unchanged: {refusal.module}: {refusal.reason}")
     sink.notes(report.notes)
+    if report.pushed is not None:
+        print_pushed(sink, report.pushed)
 
 
 def _print_outline(sink: Sink, plan: Outline) -> None:

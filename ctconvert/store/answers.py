@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ctconvert.errors import CtconvertError, UsageError
+from ctconvert.errors import UsageError
 
 #: What may be a secret in somebody else's words: tokens by their form, and what signs a URL.
 _SECRETS = re.compile(r"\bhf_\w{6,}|(?<=Bearer )[^\s'\"<]+")
@@ -22,6 +23,19 @@ def redacted(text: str) -> str:
     return _SIGNATURES.sub(r"\1", _SECRETS.sub("<token>", text))
 
 
+class _Redacting(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redacted(record.getMessage()), ()
+        return True
+
+
+def redact_logs() -> None:
+    """What huggingface_hub logs, servers' own words among it, has no secrets from now on either."""
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        if not any(isinstance(one, _Redacting) for one in handler.filters):
+            handler.addFilter(_Redacting())
+
+
 def first_line(error: BaseException) -> str:
     """What an error of huggingface_hub's says first, without secrets."""
     if "Timeout" in type(error).__name__:  # whichever HTTP library this version of it uses
@@ -31,16 +45,20 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def hub_failures(model: str, kind: type[CtconvertError] = UsageError) -> Iterator[None]:
+def hub_failures(model: str, path: bool = True) -> Iterator[None]:
     """Turns what huggingface_hub raises into one line.
 
     Args:
         model: what the user named.
-        kind: what is raised; a conversion that is under way does not take the name for a path.
+        path: whether that may have been a directory.
+
+    Raises:
+        UsageError: in the block was an error.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         HTTPError,  # of whichever HTTP library this version uses
         LocalEntryNotFoundError,
@@ -49,7 +67,7 @@ def hub_failures(model: str, kind: type[CtconvertError] = UsageError) -> Iterato
         RevisionNotFoundError,
     )
 
-    unknown = "no such directory, and " if kind is UsageError else ""
+    unknown = "no such directory, and " if path else ""
     try:
         yield
         return
@@ -64,5 +82,11 @@ def hub_failures(model: str, kind: type[CtconvertError] = UsageError) -> Iterato
     except EntryNotFoundError as error:
         reason = f"the Hub has no such file: {first_line(error)}"
     except (HFValidationError, HTTPError, OSError) as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status in (401, 403):
+            raise UsageError(
+                f"{model}: the Hub does not let this token, or nobody, do that; log in with "
+                "`hf auth login`"
+            ) from None
         reason = f"{unknown}the Hub gave: {first_line(error)}"
-    raise kind(f"{model}: {reason}") from None
+    raise UsageError(f"{model}: {reason}") from None

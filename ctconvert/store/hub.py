@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from ctconvert.errors import BadInputError, ConversionError, UsageError
-from ctconvert.store.answers import hub_failures
+from ctconvert.store.answers import hub_failures, redact_logs
 from ctconvert.store.base import CHUNK, Store
 from ctconvert.store.checkpoint import OTHER_WEIGHTS
 from ctconvert.store.local import LocalStore
@@ -24,7 +24,8 @@ from ctconvert.version import __version__
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
+#: ``org/name`` or ``org/name@revision``.
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
 
 
 class HubFile(Struct, frozen=True):
@@ -56,7 +57,8 @@ class HubStore(Store):
         self.where = where
         self.id = repo
         self.revision = commit
-        self._files = files
+        #: Every file, hidden ones too.
+        self.files = files
         visible = [name for name in files if not any(p.startswith(".") for p in name.split("/"))]
         visible.sort(key=lambda name: (name.split("/")[:-1], name))  # as a directory is walked
         self._sizes = {name: files[name].size for name in visible}
@@ -71,6 +73,11 @@ class HubStore(Store):
     @classmethod
     def open(cls, repo: str, revision: str | None) -> HubStore:
         """Asks the Hub what there is; raises what huggingface_hub raises."""
+        return cls.described(repo, revision)[0]
+
+    @classmethod
+    def described(cls, repo: str, revision: str | None) -> tuple[HubStore, ModelInfo]:
+        """:meth:`open`, and all that the Hub answered."""
         info = model_info(repo, revision)
         files = {
             item.rfilename: HubFile(
@@ -79,10 +86,10 @@ class HubStore(Store):
             for item in info.siblings or []
         }
         where = f"{repo}@{revision}" if revision else repo
-        return cls(repo, info.sha or "", where, files)
+        return cls(repo, info.sha or "", where, files), info
 
     def __getstate__(self) -> tuple[str, str, str, Mapping[str, HubFile]]:
-        return self.id, self.revision or "", self.where, self._files
+        return self.id, self.revision or "", self.where, self.files
 
     def __setstate__(self, state: tuple[str, str, str, Mapping[str, HubFile]]) -> None:
         self.__init__(*state)  # type: ignore[misc]
@@ -95,12 +102,12 @@ class HubStore(Store):
         return f"{self.revision}-{self._sizes[name]}"
 
     def stated_sha256(self, name: str) -> str | None:
-        return self._files[name].sha256
+        return self.files[name].sha256
 
     # --- reading ----------------------------------------------------------------------------------
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        file = self._files[name]
+        file = self.files[name]
         if offset + len(buffer) > file.size:
             raise ConversionError(
                 f"{self.path(name)}: ends at byte {file.size}", file=self.path(name)
@@ -141,11 +148,11 @@ class HubStore(Store):
 
     def _small(self, name: str) -> bytes | None:
         """A file that git itself stores, fetched as a whole; None of one stored with LFS."""
-        if self._files[name].sha256 is not None:
+        if self.files[name].sha256 is not None:
             return None
         with self._lock:
             if name not in self._whole:
-                size, path = self._files[name].size, self._in_cache(name)
+                size, path = self.files[name].size, self._in_cache(name)
                 data = bytearray(size)
                 source = self._remote.stream(name, 0, size) if path is None else _ranges_of(path)
                 _fill(memoryview(data), source)
@@ -180,7 +187,7 @@ class HubStore(Store):
 
     def check_sha256(self, name: str, found: str) -> None:
         """Also raises where what planning read of the file is not what is there."""
-        stated = self._files[name].sha256
+        stated = self.files[name].sha256
         if stated is not None and stated != found:
             raise self._other(name)
         for offset, length, digest in self._early.pop(name, ()):
@@ -188,7 +195,7 @@ class HubStore(Store):
                 raise self._other(name)
 
     def _check_whole(self, name: str, data: bytes | bytearray) -> None:
-        file = self._files[name]
+        file = self.files[name]
         if file.sha256 is not None:
             same = hashlib.sha256(data).hexdigest() == file.sha256
         elif file.blob is not None:
@@ -247,6 +254,7 @@ def model_info(repo: str, revision: str | None = None) -> ModelInfo:
     """What the Hub knows of a repository and its files; an answer that does not come ends soon."""
     from huggingface_hub import HfApi, constants
 
+    redact_logs()
     return HfApi(library_name="ctconvert", library_version=__version__).model_info(
         repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
     )
@@ -286,7 +294,7 @@ def open_store(model: str, *, download: bool) -> Store:
         return LocalStore(path)
     if path.exists():
         raise UsageError(f"{model} is a file; name the checkpoint's directory or a Hub id")
-    if model.startswith((".", "/", "~")) or not _HUB_ID.match(model):
+    if model.startswith((".", "/", "~")) or not HUB_ID.match(model):
         raise UsageError(f"{model}: no such directory, and not a Hub id (org/name[@revision])")
     return _open_hub(model, download)
 

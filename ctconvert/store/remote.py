@@ -65,7 +65,7 @@ class Remote:
                 wait = PAUSE * 2 ** (tries - 1)
                 if isinstance(error, HfHubHTTPError):
                     if error.response.status_code not in _PASSING:
-                        with hub_failures(self.where):
+                        with hub_failures(self.where, path=False):
                             raise
                     wait = max(wait, _asked_for(error.response))
                 if tries == TRIES or time.monotonic() + wait - last > patience:
