@@ -24,6 +24,8 @@ class Store(ABC):
     id: str
     #: The Hub commit, or None.
     revision: str | None = None
+    #: How many reads at once are faster than one after the other, where nothing is done between.
+    at_once: int = 1
 
     @abstractmethod
     def sizes(self) -> Mapping[str, int]:

@@ -53,6 +53,8 @@ class HubStore(Store):
         files: every file of it by name.
     """
 
+    at_once = 8
+
     def __init__(self, repo: str, commit: str, where: str, files: Mapping[str, HubFile]) -> None:
         self.where = where
         self.id = repo
@@ -86,6 +88,11 @@ class HubStore(Store):
             for item in info.siblings or []
         }
         where = f"{repo}@{revision}" if revision else repo
+        for name in files:  # it names a place on this machine, too
+            if name.startswith("/") or "\\" in name or not {"", ".."}.isdisjoint(name.split("/")):
+                raise BadInputError(
+                    f"{where}: holds a file named {name!r}, which is no place in it"
+                )
         return cls(repo, info.sha or "", where, files), info
 
     def __getstate__(self) -> tuple[str, str, str, Mapping[str, HubFile]]:

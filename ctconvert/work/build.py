@@ -25,6 +25,7 @@ from ctconvert.records import (
 )
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import CONFIG, INDEX, MANIFEST
+from ctconvert.store.hub import to_download
 from ctconvert.store.local import LocalStore
 from ctconvert.store.places import check_links, check_place, recover
 from ctconvert.store.writer import LocalSink
@@ -180,7 +181,7 @@ class _Build:
             resumed = filling.take_over()
             left = [shard for shard in self.plan.shards if shard.name not in staging.shards]
             done = self.plan.tensor_bytes - sum(shard.size for shard in left)
-            kept = spool_bytes(self.plan) if self.store.keep_in(staging.source) else 0
+            kept = self._kept() if self.store.keep_in(staging.source) else 0
             staging.check_space(disk_bytes(self.plan) - done + kept)
             filling.fill(left, sink)
             self.hashes = filling.hashes
@@ -198,6 +199,12 @@ class _Build:
             sink.close()
             staging.close()
         return resumed
+
+    def _kept(self) -> int:
+        """Bytes of source files that lie beside the output at a time, at most."""
+        source = self.plan.source
+        files = {file.name: file.size for file in source.files}
+        return min(spool_bytes(self.plan), to_download(source.id, source.revision, files))
 
     def _finish(self, sink: LocalSink) -> Manifest:
         """Everything but the shards; the manifest last."""

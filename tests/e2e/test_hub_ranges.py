@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from support import cli
 from support.builders import config_of, group_config, quantised, weight_args, write_checkpoint
-from support.hub import Fault, Hub, hub_environment, use_hub
+from support.hub import Blob, Fault, Hub, hub_environment, use_hub
 
 import ctconvert
 from ctconvert.errors import BadInputError, ConversionError, UsageError
@@ -300,3 +300,11 @@ def test_revision(hub: Hub, folder: Path, tmp_path: Path) -> None:
     for model in ("org/name@main", folder):
         ended = cli.run("repack", model, "-t", "triton", "--revision", "v2")
         assert ended.code == 2 and "name one revision" in ended.stderr
+
+
+@pytest.mark.parametrize("name", ["../out.txt", "/out.txt", "a/../../out.txt", "a\\b", "a//b"])
+def test_names_that_lead_out(hub: Hub, tmp_path: Path, name: str) -> None:
+    repo = hub.repos["org/name"]
+    repo.commit("main", repo.files() | {name: Blob(b"evil", False)})
+    with pytest.raises(BadInputError, match="no place in it"):
+        repack(tmp_path / "out")
