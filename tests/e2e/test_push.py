@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http
 from support import cli
 from support.builders import config_of, group_config, quantised, weight_args, write_checkpoint
@@ -333,3 +333,22 @@ def test_what_it_prints(hub: Hub, out: Path) -> None:
     assert "org/new@main: 9 of 9 files" in found and f"{hub.url}/org/new/commit/" in found
     document: dict[str, Any] = json.loads(push(out, "--json").stdout)
     assert document["ok"] and document["uploaded"] == [] and document["commit"]
+
+
+def test_repack_and_push(hub: Hub, made: Path, tmp_path: Path) -> None:
+    args = ("repack", made.parent / "source", tmp_path / "new", "-t", "triton", "--device", "cpu")
+    document = json.loads(cli.run(*args, "--push", "org/new", "--json").stdout)
+    assert document["ok"] and document["pushed"]["commit"] == hub.repos["org/new"].refs["main"]
+    ended = cli.run(*args, "--push", "no-id", "--overwrite")
+    assert ended.code == 2 and "no Hub id" in ended.stderr and "converting" not in ended.stderr
+
+
+def test_gated_and_offline(hub: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("org/locked", made, gated=True)
+    ended = cli.run("verify", "org/locked")
+    assert ended.code == 2 and ended.stderr.count("\n") == 1
+    assert "gated: accept its terms and log in" in ended.stderr
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for args in (("verify", "org/locked"), ("push", made, "org/new")):
+        ended = cli.run(*args)
+        assert ended.code == 2 and "cannot be reached" in ended.stderr.splitlines()[-1]
