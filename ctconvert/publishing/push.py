@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ctconvert.errors import ConversionError, UsageError
 from ctconvert.output import CARD, TOLERATED, Output
@@ -274,8 +275,9 @@ def _bounded() -> Iterator[None]:
     if not sys.stderr.isatty():
         disable_progress_bars()
     logger = logging.getLogger("huggingface_hub")
-    client, level = get_session(), logger.level
-    before = client.timeout
+    client: Any = get_session()
+    level = logger.level
+    before = getattr(client, "timeout", None)  # below 1.0 it has none to set
     client.timeout = _PATIENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT
     logger.setLevel(logging.ERROR)  # of what it tries again it warns in the server's words
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ctconvert.errors import ConversionError
@@ -78,7 +79,7 @@ class Remote:
 
     def _asked(self, name: str, offset: int, length: int) -> Iterator[bytes]:
         from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         url = hf_hub_url(self.repo, name, revision=self.commit)
         headers = build_hf_headers(library_name="ctconvert", library_version=__version__)
@@ -86,11 +87,7 @@ class Remote:
             "Range": f"bytes={offset}-{offset + length - 1}",
             "Accept-Encoding": "identity",  # a range of the file, not of something packed
         }
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        client: Any = get_session()
-        with client.stream(
-            "GET", url, headers=headers, timeout=timeout, follow_redirects=True
-        ) as response:
+        with _answer(url, headers, constants.HF_HUB_DOWNLOAD_TIMEOUT) as (response, body):
             hf_raise_for_status(response)
             given = response.headers.get("Content-Range", "")
             if response.status_code != 206 or not given.startswith(f"bytes {offset}-"):
@@ -99,13 +96,30 @@ class Remote:
                     file=f"{self.where}/{name}",
                 )
             left = length
-            for data in response.iter_raw():
+            for data in body:
                 yield data[:left]
                 left -= len(data)
                 if left <= 0:
                     return
             if left:
                 raise OSError(f"{left} bytes less than were asked for")
+
+
+@contextmanager
+def _answer(
+    url: str, headers: dict[str, str], timeout: float
+) -> Iterator[tuple[Any, Iterator[bytes]]]:
+    """A response and its body, by huggingface_hub's HTTP library: httpx, below 1.0 requests."""
+    from huggingface_hub.utils import get_session
+
+    client: Any = get_session()
+    if callable(client.stream):
+        request = {"headers": headers, "timeout": timeout, "follow_redirects": True}
+        with client.stream("GET", url, **request) as response:
+            yield response, response.iter_raw()
+    else:
+        with client.get(url, headers=headers, timeout=timeout, stream=True) as response:
+            yield response, response.iter_content(1 << 16)
 
 
 def _asked_for(response: Any) -> float:
