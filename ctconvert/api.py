@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +17,13 @@ from ctconvert.planning.describe import describe
 from ctconvert.planning.inspection import Inspection, inspection
 from ctconvert.planning.make import make_plan, restore_plan
 from ctconvert.progress import Progress, Silent
+from ctconvert.publishing import push
 from ctconvert.records import Differing, Examination, Options, Plan, Report, Verified
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.hub import home_path, open_store
 
 if TYPE_CHECKING:
     from ctconvert.work.executors import Executor
-
-#: The most threads that are ever of use, and that a machine can be trusted to start.
-MOST_WORKERS = 256
 
 
 def _options(
@@ -186,10 +183,12 @@ def repack(
     layout: Mapping[str, str] | None = None,
     max_shard_size: int = 5_000_000_000,
     dtype: str | None = None,
+    local_copy: bool = False,
     workers: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     verify: bool = True,
+    push_to: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Converts a compressed-tensors checkpoint into a kernel-ready one.
@@ -199,10 +198,13 @@ def repack(
             for :func:`plan`.
         out: the directory to make; ``MODEL-TARGET`` beside the model where not given.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``: where transforms run.
+        local_copy: download a Hub model into the local cache first; else its files are fetched
+            as they are needed, and kept beside ``out`` no longer than that.
         workers: threads that read, transform and write; chosen by the machine where None.
         resume: take over the finished shards of a killed run.
         overwrite: replace an existing output.
         verify: read the output back and check every hash.
+        push_to: the Hub repository to :func:`push` it to.
         progress: told of bytes done.
 
     Returns:
@@ -228,10 +230,17 @@ def repack(
     )
     check_options(options)
     destination = default_out(model, target) if out is None else home_path(out)
-    store = open_store(str(model), download=True)
+    if push_to is not None:
+        from ctconvert.publishing.push import Place, check_place
+
+        check_place(Place(push_to))
+    store = open_store(str(model), download=local_copy)
     with _no_collection():
         planned = make_plan(describe(Checkpoint(store)), options)
-    return build(planned, store, destination, settings)
+    report = build(planned, store, destination, settings)
+    if push_to is None:
+        return report
+    return replace(report, pushed=push(destination, push_to, workers=workers, progress=progress))
 
 
 @contextmanager
@@ -254,7 +263,7 @@ def _device(name: str) -> str:
 
 
 def _executor(workers: int | None) -> Executor:
-    from ctconvert.work.executors import Threads
+    from ctconvert.work.executors import Threads, worker_count
 
     return Threads(worker_count(workers))
 
@@ -272,7 +281,7 @@ def verify(
     """Proves an output: every byte against the manifest, and with ``against`` every code and scale.
 
     Args:
-        out: a converted checkpoint.
+        out: a converted checkpoint, a directory or a Hub id.
         against: the model it was made from, a directory or a Hub id.
         independent: also compare the weights with what compressed-tensors' own decompressors
             make of ``against``.
@@ -295,7 +304,7 @@ def verify(
     if independent and against is None:
         raise UsageError("--independent compares with a source; name it by --against MODEL")
     shown, executor = progress or Silent(), _executor(workers)
-    output = Output.open(out)
+    output = Output.open(out, copy=kernels)
     if independent and output.plan.kind == "restored":
         raise UsageError(
             f"{out} is a restored checkpoint, whose tensors --against compares as they are; "
@@ -303,7 +312,8 @@ def verify(
         )
     found = verify_output(output, executor, shown)
     if against is not None:
-        checkpoint = Checkpoint(open_store(str(against), download=True))
+        # what two comparisons read is fetched once
+        checkpoint = Checkpoint(open_store(str(against), download=independent))
         compared = verify_against(output, checkpoint, executor, shown)
         found = replace(found, against=compared)
         if independent:
@@ -367,7 +377,7 @@ def restore(
     values of 2:4 sparse weights may differ in the sign of zeros and in which zero is kept.
 
     Args:
-        out: a converted checkpoint; it is verified first.
+        out: a converted checkpoint, a directory or a Hub id; it is verified first.
         dest: the directory to make.
         device, max_shard_size, workers, resume, overwrite, progress: as for :func:`repack`.
 
@@ -395,22 +405,9 @@ def restore(
     output = Output.open(out)
     if output.plan.kind == "restored":
         raise UsageError(f"{out} is a restored checkpoint already")
-    check_place(home_path(out), destination)
+    check_place(Path(output.where), destination)
     verify_output(output, settings.executor, settings.progress)
     # The very store that was verified: under its path another checkpoint may stand by now.
     store = output.store
     planned = restore_plan(output.manifest, store.id, max_shard_size)
     return build(planned, store, destination, settings)
-
-
-def worker_count(workers: int | None) -> int:
-    """The number of threads; at most 8 by default, more do not help one disk.
-
-    Raises:
-        UsageError: fewer than one were asked for.
-    """
-    if workers is None:
-        return max(2, min(8, os.cpu_count() or 2))
-    if not 1 <= workers <= MOST_WORKERS:
-        raise UsageError(f"--workers {workers}: it must lie between 1 and {MOST_WORKERS}")
-    return workers

@@ -5,18 +5,20 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from ctconvert.errors import BadInputError, UsageError, VerificationError
+from ctconvert.errors import BadInputError, VerificationError
 from ctconvert.records import FileRecord, Manifest, Shard
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import MANIFEST
-from ctconvert.store.hub import home_path
+from ctconvert.store.hub import home_path, local_copy, open_store
 from ctconvert.store.local import LocalStore
 from ctconvert.store.places import recover
 from ctconvert.store.safetensors import read_header
 
+#: The model card, which people and a push write: it is of any bytes.
+CARD = "README.md"
 #: Files that may stand beside a checkpoint's own, as hidden ones may: no loader takes them for a
 #: part of it.
-_TOLERATED = {"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", ".gitattributes"}
+TOLERATED = {"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", ".gitattributes"}
 
 
 class Output:
@@ -48,7 +50,7 @@ class Output:
                     f"{store.path(record.name)}: {reason or 'missing'}",
                     file=store.path(record.name),
                 )
-            if sizes[record.name] != record.size:
+            if record.name != CARD and sizes[record.name] != record.size:
                 raise VerificationError(
                     f"{store.path(record.name)}: {sizes[record.name]} bytes, "
                     f"expected {record.size}",
@@ -83,19 +85,23 @@ class Output:
         return ""
 
     @classmethod
-    def open(cls, out: str | Path) -> Output:
+    def open(cls, out: str | Path, copy: bool = True) -> Output:
         """The checkpoint in a directory, brought back where a killed run has left it aside.
 
+        Args:
+            out: the directory, or a Hub id.
+            copy: of a Hub id, download it into the local cache; else ranges are fetched.
+
         Raises:
-            UsageError: there is no such directory.
+            UsageError: there is no such directory and no such repository.
             VerificationError: as for the class.
             ConversionError: it cannot be brought back.
         """
         path = home_path(out)
         recover(path)
-        if not path.is_dir():
-            raise UsageError(f"{out}: no such directory")
-        return cls(LocalStore(path))
+        if path.is_dir():
+            return cls(LocalStore(path))
+        return cls(local_copy(str(out)) if copy else open_store(str(out), download=False))
 
     @property
     def where(self) -> str:
@@ -115,9 +121,9 @@ class Output:
         return [record for record in self.manifest.files if self.whole or record.name in shards]
 
     def whole_files(self) -> list[FileRecord]:
-        """The files whose hash is of the whole: all but the shards."""
+        """The files whose hash is of the whole and must not change: all but shards and the card."""
         shards = {shard.name for shard in self.plan.shards}
-        return [record for record in self.manifest.files if record.name not in shards]
+        return [r for r in self.manifest.files if r.name not in shards and r.name != CARD]
 
 
 def strays(store: Store, manifest: Manifest) -> list[str]:
@@ -126,5 +132,5 @@ def strays(store: Store, manifest: Manifest) -> list[str]:
     return [
         name
         for name in [*store.sizes(), *store.left_out()]
-        if name not in known and name != MANIFEST and name not in _TOLERATED
+        if name not in known and name != MANIFEST and name not in TOLERATED
     ]

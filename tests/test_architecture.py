@@ -39,9 +39,10 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "planning": _PLANNING,
     "codec": _TRANSFORMS | _RECORDS | {"formats", "layouts"},
     "work": _WORK,
+    "publishing": _WORK | {"publishing"},
     "runtime": _TRANSFORMS | _RECORDS | {"output", "layouts", "runtime", "integrations"},
     "integrations": _TRANSFORMS | _RECORDS | {"output", "layouts", "runtime", "integrations"},
-    "api": _WORK | {"runtime", "api"},
+    "api": _WORK | {"publishing", "runtime", "api"},
     "": {"api", "version"},  # the package itself
     "cli": _WORK | {"", "runtime", "api", "cli"},
     "__main__": {"cli", "signals"},

@@ -13,7 +13,9 @@ from ctconvert.errors import UsageError
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id: org/name[@revision].")
 ]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="A converted checkpoint.")]
+Out = Annotated[
+    Path, typer.Argument(metavar="OUT", help="A converted checkpoint: a directory, or a Hub id.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 JsonEvents = Annotated[
     str | None,

@@ -17,6 +17,7 @@ from ctconvert.cli.doctor import doctor
 from ctconvert.cli.failures import TOLD, tell, tell_mistake, usage_line
 from ctconvert.cli.inspect import inspect
 from ctconvert.cli.layouts import layouts
+from ctconvert.cli.push import push
 from ctconvert.cli.repack import repack
 from ctconvert.cli.restore import restore
 from ctconvert.cli.schema import schema
@@ -40,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # help is plain text, of which no bracket is lost
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, doctor, repack, verify, diff, restore, bench, layouts, schema):
+for verb in (inspect, doctor, repack, push, verify, diff, restore, bench, layouts, schema):
     app.command()(verb)
 
 

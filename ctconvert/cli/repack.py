@@ -19,9 +19,11 @@ from ctconvert.cli.options import (
     parse_layouts,
     parse_size,
 )
+from ctconvert.cli.push import print_pushed
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import collapse, shape_text, size
 from ctconvert.layouts import TARGETS
+from ctconvert.store.hub import at_revision, to_download
 
 if TYPE_CHECKING:
     from ctconvert.planning.outline import Outline
@@ -75,9 +77,19 @@ def repack(
         typer.Option(metavar="PATTERN=LAYOUT", help="Layout for modules by glob or re:regex."),
     ] = None,
     dtype: Dtype = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="REVISION", help="Of a Hub id: a branch, tag or commit."),
+    ] = None,
+    local_copy: Annotated[
+        bool, typer.Option("--local-copy", help="Download a Hub model into the local cache first.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read the output back and check it.")
     ] = True,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Then put it on the Hub, as `push` does.")
+    ] = None,
 ) -> None:
     """Convert a compressed-tensors checkpoint into a kernel-ready one."""
     sink = Sink(json_, json_events)
@@ -85,6 +97,7 @@ def repack(
         from ctconvert import api
 
         layouts, shard = parse_layouts(layout or []), parse_size(max_shard_size)
+        model = at_revision(model, revision)
         if dry_run:
             from ctconvert.planning.make import refuse
             from ctconvert.planning.outline import outline
@@ -101,7 +114,10 @@ def repack(
                 dtype=dtype,
             )
             sink.planned(plan)
-            sink.show(outline(plan), _print_outline)
+            source = plan.source
+            files = {file.name: file.size for file in (*source.files, *plan.side_files)}
+            download = to_download(source.id, source.revision, files)
+            sink.show(outline(plan, download, local_copy), _print_outline)
             refuse(plan)
             return
         with sink.progress() as progress:
@@ -117,10 +133,12 @@ def repack(
                 max_shard_size=shard,
                 dtype=dtype,
                 device=device,
+                local_copy=local_copy,
                 workers=workers,
                 resume=resume,
                 overwrite=overwrite,
                 verify=verify,
+                push_to=push,
                 progress=progress,
             )
         sink.show(report, lambda sink, report: _print(sink, report, verify))
@@ -136,6 +154,8 @@ def _print(sink: Sink, report: Report, verified: bool) -> None:
     for refusal in report.kept:
         sink.line(f"kept unchanged: {refusal.module}: {refusal.reason}")
     sink.notes(report.notes)
+    if report.pushed is not None:
+        print_pushed(sink, report.pushed)
 
 
 def _print_outline(sink: Sink, plan: Outline) -> None:
@@ -161,7 +181,8 @@ def _print_outline(sink: Sink, plan: Outline) -> None:
     sink.notes(plan.notes)
     for shard in plan.shards:
         sink.line(f"{shard.name}: {len(shard.tensors)} tensors, {size(shard.bytes)}")
+    download = f"to download: {size(plan.download_bytes)}; " if plan.download_bytes else ""
     sink.line(
-        f"disk needed: {size(plan.disk_bytes)}; peak memory about "
+        f"{download}disk needed: {size(plan.disk_bytes)}; peak memory about "
         f"{size(plan.peak_memory_bytes)}; nothing was written"
     )

@@ -13,8 +13,8 @@ from ctconvert.errors import UsageError
 
 #: What has a schema: the manifest, the ``--json`` of each verb, and the lines of ``--json-events``.
 NAMES = (
-    *("manifest", "inspect", "doctor", "dry-run", "repack", "verify", "diff", "restore", "bench"),
-    *("layouts", "failure", "events"),
+    *("manifest", "inspect", "doctor", "dry-run", "repack", "push", "verify", "diff", "restore"),
+    *("bench", "layouts", "failure", "events"),
 )
 
 
@@ -70,6 +70,7 @@ def _record(name: str) -> type:
     found: dict[str, type] = {
         "doctor": records.Examination,
         "repack": records.Report,
+        "push": records.Pushed,
         "restore": records.Report,
         "verify": records.Verified,
         "diff": records.Differing,

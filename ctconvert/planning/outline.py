@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from ctconvert.planning.memory import peak_memory
-from ctconvert.planning.place import disk_bytes
+from ctconvert.planning.place import disk_bytes, spool_bytes
 from ctconvert.records import Convert, Plan, Refusal
 
 
@@ -40,7 +40,10 @@ class OutlinedShard(Struct, frozen=True):
 
 
 class Outline(Struct, frozen=True, kw_only=True):
-    """A plan for people and programs; as long as the lists of tensors, and no longer."""
+    """A plan for people and programs; as long as the lists of tensors, and no longer.
+
+    ``download_bytes`` come from the Hub; ``disk_bytes`` has room for those that are kept meanwhile.
+    """
 
     target: str | None
     modules: tuple[OutlinedModule, ...]
@@ -53,11 +56,19 @@ class Outline(Struct, frozen=True, kw_only=True):
     output_bytes: int
     disk_bytes: int
     peak_memory_bytes: int
+    download_bytes: int
     notes: tuple[str, ...]
 
 
-def outline(plan: Plan) -> Outline:
-    """A plan as that record."""
+def outline(plan: Plan, download: int = 0, local_copy: bool = False) -> Outline:
+    """A plan as that record.
+
+    Args:
+        plan: the plan.
+        download: bytes that come from the Hub.
+        local_copy: whether those are all kept.
+    """
+    kept = min(download, download if local_copy else spool_bytes(plan))
     return Outline(
         target=plan.options.target,
         modules=tuple(map(_module, plan.modules)),
@@ -68,8 +79,9 @@ def outline(plan: Plan) -> Outline:
         side_files=tuple(file.name for file in plan.side_files),
         source_bytes=sum(file.size for file in plan.source.files),
         output_bytes=plan.tensor_bytes,
-        disk_bytes=disk_bytes(plan),
+        disk_bytes=disk_bytes(plan) + kept,
         peak_memory_bytes=peak_memory(plan),
+        download_bytes=download,
         notes=plan.notes,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ctconvert.errors import BadInputError
-from ctconvert.records import Plan, Shard
+from ctconvert.records import Copy, Item, Plan, Restore, Shard
 from ctconvert.specs import DTYPE_BITS, TensorSpec
 from ctconvert.store.checkpoint import CONFIG, INDEX, MANIFEST
 from ctconvert.store.safetensors import TensorEntry, build_header
@@ -120,3 +120,46 @@ def disk_bytes(plan: Plan) -> int:
     side = sum(file.size for file in plan.side_files)
     manifest = 4096 + 3072 * len(plan.modules) + 768 * len(plan.copies)
     return plan.tensor_bytes + side + manifest
+
+
+def files_read(item: Item) -> set[str]:
+    """The files that an item's tensors are read from."""
+    if isinstance(item, Copy):
+        return {item.source.file}
+    if isinstance(item, Restore):
+        return {entry.file for module in item.modules for entry in module.made}
+    return {
+        entry.file
+        for source in item.sources
+        for entry in (*source.tensors.values(), *source.beside.values())
+    }
+
+
+def readers(plan: Plan) -> dict[str, list[str]]:
+    """The files that each shard's tensors are read from, in the order of their first use."""
+    found: dict[str, dict[str, None]] = {shard.name: {} for shard in plan.shards}
+    for item in plan.items:
+        found[item.made[0].file] |= dict.fromkeys(sorted(files_read(item)))
+    return {name: list(files) for name, files in found.items()}
+
+
+def spool_bytes(plan: Plan) -> int:
+    """The most bytes of source files that are kept at a time where they are fetched from afar.
+
+    A file is kept from the shard that first reads it to the last; the next shard's come meanwhile.
+    """
+    sizes = {file.name: file.size for file in plan.source.files}
+    order = list(readers(plan).values())
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for index, files in enumerate(order):
+        for name in files:
+            first.setdefault(name, index)
+            last[name] = index
+    return max(
+        (
+            sum(sizes[name] for name in first if first[name] <= index + 1 and last[name] >= index)
+            for index in range(len(order))
+        ),
+        default=0,
+    )

@@ -35,6 +35,7 @@ from ctconvert.records.reports import (
     Finding,
     Judged,
     KernelRun,
+    Pushed,
     Report,
     Verified,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "Options",
     "Origin",
     "Plan",
+    "Pushed",
     "Recipe",
     "Refusal",
     "Report",

@@ -68,6 +68,30 @@ class KernelRun(Struct, frozen=True):
     plain: bool = False
 
 
+class Pushed(Struct, frozen=True, kw_only=True):
+    """What was put on the Hub, or of a dry run what would be: ``push --json``.
+
+    ``revision`` is the branch, or ``refs/pr/N``; ``commit``, ``url`` and ``pull_request`` are there
+    where something was sent. ``uploaded`` are the files that the Hub did not have so, ``removed``
+    those of an earlier push.
+    """
+
+    out: str
+    repo: str
+    revision: str
+    dry_run: bool
+    created: bool
+    files: int
+    bytes: int
+    uploaded: tuple[str, ...]
+    upload_bytes: int
+    removed: tuple[str, ...]
+    notes: tuple[str, ...]
+    commit: str | None = None
+    url: str | None = None
+    pull_request: str | None = None
+
+
 class Report(Struct, frozen=True, kw_only=True):
     """What a conversion or restoration did: ``--json`` of both verbs."""
 
@@ -83,6 +107,7 @@ class Report(Struct, frozen=True, kw_only=True):
     output_bytes: int
     side_files: tuple[str, ...]
     notes: tuple[str, ...]
+    pushed: Pushed | None = None
 
 
 class Difference(Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 #: Bytes read, copied or hashed at once where no transform needs a whole tensor.
 CHUNK = 8 << 20
@@ -23,6 +24,8 @@ class Store(ABC):
     id: str
     #: The Hub commit, or None.
     revision: str | None = None
+    #: How many reads at once are faster than one after the other, where nothing is done between.
+    at_once: int = 1
 
     @abstractmethod
     def sizes(self) -> Mapping[str, int]:
@@ -53,6 +56,27 @@ class Store(ABC):
         """
         for name in names:
             self.fingerprint(name)
+
+    def keep_in(self, folder: Path) -> bool:
+        """Lets a store that is far away keep there what it fetches; whether it will.
+
+        What is kept is fetched once, and by a later run not again; :meth:`release` gives it up.
+        """
+        return False
+
+    def release(self, name: str) -> None:  # noqa: B027 (most stores keep nothing)
+        """A file that nobody reads again."""
+
+    def stated_sha256(self, name: str) -> str | None:
+        """The hash that a file has by the word of where it is from."""
+        return None
+
+    def check_sha256(self, name: str, found: str) -> None:  # noqa: B027 (most know of no hash)
+        """Made sure of when a whole file was read: it is what it is said to be where it is from.
+
+        Raises:
+            BadInputError: it is not.
+        """
 
     def left_out(self) -> Mapping[str, str]:
         """What stands beside the files and is none, by name, with the reason."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from msgspec import Struct
 
 from ctconvert.errors import BadInputError
 from ctconvert.store.base import Store
-from ctconvert.store.safetensors import TensorEntry, read_header
+from ctconvert.store.safetensors import Header, TensorEntry, read_header
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -70,8 +71,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorEntry] = {}
         self.unlisted: list[str] = []
         self.metadata: dict[str, dict[str, str]] = {}
-        for shard in self.shards:
-            header = read_header(store, shard)
+        for shard, header in zip(self.shards, _headers(store, self.shards), strict=True):
             if header.metadata:
                 self.metadata[shard] = header.metadata
             for entry in header.tensors:
@@ -140,6 +140,14 @@ class Checkpoint:
             run.append(entry)
         flush()
         return found
+
+
+def _headers(store: Store, shards: Sequence[str]) -> Iterator[Header]:
+    if store.at_once == 1:
+        yield from (read_header(store, shard) for shard in shards)
+        return
+    with ThreadPoolExecutor(store.at_once) as pool:
+        yield from pool.map(lambda shard: read_header(store, shard), shards)
 
 
 def _read_json(store: Store, name: str) -> bytes:

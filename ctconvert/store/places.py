@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Struct
 
 from ctconvert.errors import UsageError
+from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import MANIFEST
 from ctconvert.store.local import LocalStore
 from ctconvert.store.writer import cannot_write, fsync_directory
@@ -165,7 +166,7 @@ class _Named(Struct):
     name: str
 
 
-def replaceable_files(store: LocalStore) -> list[str] | None:
+def replaceable_files(store: Store) -> list[str] | None:
     """The files that a manifest of any version lists; None where it is none of ctconvert's."""
     try:
         found = msgspec.json.decode(store.read(MANIFEST), type=_AnyManifest)

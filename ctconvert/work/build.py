@@ -12,7 +12,7 @@ from pathlib import Path
 from ctconvert.errors import BadInputError, ConversionError, CtconvertError, UsageError
 from ctconvert.output import Output
 from ctconvert.planning.make import refuse
-from ctconvert.planning.place import disk_bytes, index_of
+from ctconvert.planning.place import disk_bytes, index_of, spool_bytes
 from ctconvert.progress import Progress
 from ctconvert.records import (
     FORMAT_VERSION,
@@ -25,6 +25,7 @@ from ctconvert.records import (
 )
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import CONFIG, INDEX, MANIFEST
+from ctconvert.store.hub import to_download
 from ctconvert.store.local import LocalStore
 from ctconvert.store.places import check_links, check_place, recover
 from ctconvert.store.writer import LocalSink
@@ -134,6 +135,10 @@ def _made_of(manifest: Manifest, plan: Plan, store: Store, settings: Settings) -
     settings.progress.note(f"{store.where}: comparing it with what the output was made of")
     names = [file.name for file in (*plan.source.hashed, *plan.side_files)]
     records = manifest.file_records | {record.name: record for record in manifest.sources}
+    stated = {name: found for name in names if (found := store.stated_sha256(name)) is not None}
+    if any(name not in records or records[name].sha256 != stated[name] for name in stated):
+        return False
+    names = [name for name in names if name not in stated]
     context = Context(store, progress=settings.progress)
     sizes = store.sizes()
     settings.progress.phase("comparing", sum(sizes[name] for name in names))
@@ -176,7 +181,8 @@ class _Build:
             resumed = filling.take_over()
             left = [shard for shard in self.plan.shards if shard.name not in staging.shards]
             done = self.plan.tensor_bytes - sum(shard.size for shard in left)
-            staging.check_space(disk_bytes(self.plan) - done)
+            kept = self._kept() if self.store.keep_in(staging.source) else 0
+            staging.check_space(disk_bytes(self.plan) - done + kept)
             filling.fill(left, sink)
             self.hashes = filling.hashes
             manifest = self._finish(sink)
@@ -186,12 +192,19 @@ class _Build:
                 verify_output(output, settings.executor, settings.progress)
             staging.commit(manifest.manifest_sha256)
         except BadInputError:
+            self.store.close()  # it may still be fetching
             staging.discard()  # nothing in it can be of use: the source must change
             raise
         finally:
             sink.close()
             staging.close()
         return resumed
+
+    def _kept(self) -> int:
+        """Bytes of source files that lie beside the output at a time, at most."""
+        source = self.plan.source
+        files = {file.name: file.size for file in source.files}
+        return min(spool_bytes(self.plan), to_download(source.id, source.revision, files))
 
     def _finish(self, sink: LocalSink) -> Manifest:
         """Everything but the shards; the manifest last."""
@@ -209,6 +222,7 @@ class _Build:
         for file in plan.side_files:
             digests = _Hashing(self.store.pieces(file.name))
             sink.put(file.name, digests)
+            self.store.check_sha256(file.name, digests.hexdigest())
             files.append(FileRecord(file.name, digests.size, digests.hexdigest()))
         sizes = self.store.sizes()
         manifest = Manifest(

@@ -6,11 +6,16 @@ sink; another process needs nothing else.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
+from ctconvert.errors import UsageError
 from ctconvert.work.jobs import Context, Done, Job
+
+#: The most threads that are ever of use, and that a machine can be trusted to start.
+MOST_WORKERS = 256
 
 
 class Executor(ABC):
@@ -52,3 +57,16 @@ def _finished(running: set[Future[Done]]) -> Generator[Done, None, set[Future[Do
     for future in done:
         yield future.result()
     return left
+
+
+def worker_count(workers: int | None) -> int:
+    """The number of threads; at most 8 by default, more do not help one disk.
+
+    Raises:
+        UsageError: fewer than one were asked for.
+    """
+    if workers is None:
+        return max(2, min(8, os.cpu_count() or 2))
+    if not 1 <= workers <= MOST_WORKERS:
+        raise UsageError(f"--workers {workers}: it must lie between 1 and {MOST_WORKERS}")
+    return workers

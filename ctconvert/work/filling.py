@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
 from ctconvert.planning.memory import budget
+from ctconvert.planning.place import readers
 from ctconvert.progress import Progress
 from ctconvert.records import Copy, Item, Plan, Restore, Shard
 from ctconvert.store.base import Store
@@ -62,6 +63,9 @@ class Filling:
         self._unmade: dict[str, int] = {}
         self._pieces = Pieces()
         self._sealing: deque[SealJob] = deque()
+        #: The source files of each shard, and how many shards still read each.
+        self._readers: dict[str, list[str]] = {}
+        self._reading: Counter[str] = Counter()
 
     # --- what an earlier run has finished ---------------------------------------------------------
 
@@ -154,11 +158,14 @@ class Filling:
         self, left: Sequence[Shard], items: dict[str, list[Item]], sink: LocalSink
     ) -> Iterator[Job]:
         hashing = self._source_jobs()
+        self._readers = readers(self.plan)
+        self._reading = Counter(file for shard in left for file in self._readers[shard.name])
         parts = dict(self.staging.parts)  # as they were: those that this run makes come to it
         begun = {entry.file for part in parts.values() for entry in self._entries(part)}
         for shard in left:
-            if (ahead := next(hashing, None)) is not None:
-                yield ahead
+            for file in self._readers[shard.name]:
+                if (ahead := hashing.pop(file, None)) is not None:
+                    yield ahead
             if shard.name not in begun:
                 sink.create(shard.name, self.plan.header(shard), shard.size)
             if not items[shard.name]:
@@ -171,13 +178,20 @@ class Filling:
                     else:
                         self._take(Done(job, parts[key].tensors, parts[key].pieces), sink)
                     yield from self._seals()
-        yield from hashing
+        yield from hashing.values()
 
-    def _source_jobs(self) -> Iterator[Job]:
+    def _source_jobs(self) -> dict[str, Job]:
         """Hashes of the source's files that are not known; read in order, they read ahead."""
-        for file in self.plan.source.hashed:
-            if file.name not in self.staging.sources:
-                yield HashJob(file.name, file.name, 0, file.size, counted=False)
+        return {
+            file.name: HashJob(file.name, file.name, 0, file.size, counted=False)
+            for file in self.plan.source.hashed
+            if file.name not in self.staging.sources
+        }
+
+    def _release(self, file: str) -> None:
+        """Gives up a source file that no shard needs again."""
+        if file in self.staging.sources and not self._reading[file]:
+            self.store.release(file)
 
     def _seals(self) -> Iterator[Job]:
         while self._sealing:
@@ -197,7 +211,9 @@ class Filling:
                 for done in results:
                     if isinstance(done.job, HashJob):
                         for name, digest in done.hashes.items():
+                            self.store.check_sha256(name, digest)
                             self.staging.finished_source(name, digest)
+                            self._release(name)
                         continue
                     if (key := part_of(done.job)) is not None:
                         self.staging.finished_part(key, PartDone(*key, done.hashes, done.pieces))
@@ -235,3 +251,6 @@ class Filling:
     def _finish_shard(self, shard: Shard, sink: LocalSink) -> None:
         sink.finish(shard.name)
         self.staging.finished_shard(shard.name, {name: self.hashes[name] for name in shard.tensors})
+        for file in self._readers[shard.name]:
+            self._reading[file] -= 1
+            self._release(file)

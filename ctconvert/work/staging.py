@@ -47,6 +47,8 @@ from ctconvert.work.journal import (
 )
 
 _CHECKPOINT = "checkpoint"
+#: Where source files are kept that are fetched from afar.
+_SOURCE = "source"
 
 
 class Staging:
@@ -61,6 +63,7 @@ class Staging:
         self.out = out
         self.root = partial_of(out)
         self.folder = self.root / _CHECKPOINT
+        self.source = self.root / _SOURCE
         self.identity = identity
         #: Finished shards, with the hashes of their tensors, and hashes of source files.
         self.shards: dict[str, dict[str, str]] = {}
@@ -284,7 +287,7 @@ class Staging:
                 old.rename(self.out)
 
     def _clear(self) -> None:
-        for name in (_CHECKPOINT, OLD, JOURNAL):
+        for name in (_CHECKPOINT, _SOURCE, OLD, JOURNAL):
             remove(self.root / name)
 
     def discard(self) -> None:
@@ -324,6 +327,6 @@ def discard_leftovers(out: Path, options: str) -> None:
         if not ours:
             return
         with suppress(OSError):
-            for name in (_CHECKPOINT, OLD, JOURNAL):
+            for name in (_CHECKPOINT, _SOURCE, OLD, JOURNAL):
                 remove(root / name)
             root.rmdir()

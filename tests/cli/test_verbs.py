@@ -109,7 +109,7 @@ def test_dry_run_as_json(tmp_path: Path) -> None:
     found = json.loads(out)
     assert found.keys() == {
         *("ok", "target", "modules", "copied", "kept", "refused", "shards", "side_files", "notes"),
-        *("source_bytes", "output_bytes", "disk_bytes", "peak_memory_bytes"),
+        *("source_bytes", "output_bytes", "disk_bytes", "peak_memory_bytes", "download_bytes"),
     }
     assert found["shards"][0]["name"] == "model.safetensors"
     assert found["shards"][0]["bytes"] == found["output_bytes"] > 4_000_000

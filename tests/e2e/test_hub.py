@@ -114,7 +114,7 @@ LIVE: dict[str, Call] = {
     "inspect": ("inspect", ["org/name"], {}),
     "inspect for a target": ("inspect", ["org/name@v2"], TRITON),
     "plan": ("plan", ["org/name"], TRITON),
-    "repack": ("repack", ["org/name@v2", "out"], ON_CPU),
+    "repack": ("repack", ["org/name@v2", "out"], ON_CPU | {"local_copy": True}),
     "repack, default place": ("repack", ["org/name"], ON_CPU),
     "verify": ("verify", ["out"], {"against": "org/name@v2"}),
     "inspect, no such repository": ("inspect", ["org/nope"], {}),
@@ -144,13 +144,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hub(folder: Path) -> Iterator[Hub]:
     server = Hub()
-    server.folders = {COMMIT: folder, V2_COMMIT: folder}
-    server.repos = {
-        "org/name": {"main": COMMIT, "v2": V2_COMMIT},
-        "org/locked": {"main": COMMIT},
-        "org/broken": {"main": COMMIT},
-    }
-    server.gated, server.broken = {"org/locked"}, {"org/broken"}
+    server.add("org/name", folder, oid=COMMIT)
+    server.add("org/name", folder, "v2", oid=V2_COMMIT)
+    server.add("org/locked", folder, gated=True)
+    server.add("org/broken", folder)
+    server.broken = {"org/broken"}
     yield server
     server.close()
 

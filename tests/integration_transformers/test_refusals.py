@@ -264,7 +264,7 @@ def test_without_the_import_weights_are_random_and_with_it_a_hub_id_loads(
     there, that line can go.
     """
     commit = "0123456789abcdef0123456789abcdef01234567"
-    hub.repos["org/tiny"], hub.folders[commit] = {"main": commit}, out
+    hub.add("org/tiny", out, oid=commit)
     script = [sys.executable, "-c", PROGRAM, str(out), str(tmp_path / "logits.pt")]
     done = subprocess.run(
         script, env=hub_environment(hub, tmp_path), capture_output=True, text=True, cwd=tmp_path

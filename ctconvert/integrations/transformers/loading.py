@@ -15,8 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import ctconvert.integrations.transformers  # noqa: F401 (registers the quantizer)
 from ctconvert.errors import UsageError, VerificationError
 from ctconvert.output import Output
-from ctconvert.store.hub import home_path, open_store
-from ctconvert.store.places import recover
 from ctconvert.transforms import device as devices
 
 #: What an ``attn_implementation`` or ``experts_implementation`` of a config may name.
@@ -54,7 +52,7 @@ def load_model(
         VerificationError: the manifest is damaged or does not fit the files.
     """
     where = devices.resolve(device)
-    output = _opened(out)
+    output = Output.open(out)
     folder = Path(output.where)
     if output.store.read("config.json") != output.plan.config.encode():
         raise VerificationError(f"{folder / 'config.json'}: it is not what the manifest says")
@@ -75,11 +73,6 @@ def load_model(
         if (folder / "tokenizer_config.json").exists():
             tokenizer = AutoTokenizer.from_pretrained(folder, **own)
     return model, tokenizer
-
-
-def _opened(out: str | Path) -> Output:
-    recover(home_path(out))
-    return Output(open_store(str(out), download=True))
 
 
 def _dtype(config: Any) -> torch.dtype:
