@@ -15,7 +15,12 @@ from ctconvert.errors import UsageError
 from ctconvert.output import Output
 from ctconvert.planning.choose import check_options, dtype_named
 from ctconvert.planning.describe import describe
-from ctconvert.planning.inspection import Inspection, inspection
+from ctconvert.planning.inspection import (
+    Inspection,
+    converted_inspection,
+    inspection,
+    is_converted,
+)
 from ctconvert.planning.make import make_plan, restore_plan
 from ctconvert.progress import Progress, Silent
 from ctconvert.records import Differing, Examination, Options, Plan, Report, Verified
@@ -64,8 +69,8 @@ def inspect(
     """What a checkpoint holds: schemes by module, sizes, oddities; reads headers only.
 
     Args:
-        model: a directory or a Hub id (``org/name``, ``org/name@revision``).
-        target: also say what each module would become for it, or why it cannot.
+        model: a directory or a Hub id (``org/name``, ``org/name@revision``), source or converted.
+        target: also say what each module would become for it, or why it cannot; of a source.
         dtype: as for :func:`plan`.
 
     Returns:
@@ -74,6 +79,7 @@ def inspect(
     Raises:
         UsageError: there is no such model or target.
         BadInputError: the checkpoint is damaged or contradicts itself.
+        VerificationError: it is a converted one, and damaged.
     """
     options = None
     if target is not None:
@@ -81,7 +87,15 @@ def inspect(
     if options is not None:
         check_options(options)
     with _no_collection():
-        description = describe(Checkpoint(open_store(str(model), download=False)))
+        checkpoint = Checkpoint(open_store(str(model), download=False))
+        if is_converted(checkpoint.config):
+            if target is not None:
+                raise UsageError(
+                    f"{model} is kernel-ready already; --target is for what it was made from"
+                )
+            output = Output(checkpoint.store)
+            return converted_inspection(output.store, output.plan)
+        description = describe(checkpoint)
         return inspection(description, None if options is None else make_plan(description, options))
 
 

@@ -33,6 +33,12 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def natural(name: str) -> list[tuple[int, str]]:
+    """What names are sorted by so that ``layers.2`` comes before ``layers.10``."""
+    pieces = re.split(r"([0-9]{1,300})", name)
+    return [(int(piece), "") if place % 2 else (0, piece) for place, piece in enumerate(pieces)]
+
+
 def collapse(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
     """Rows (name, columns) with layer and expert numbers folded: ``layers.{0-29}.q_proj``, 30.
 
