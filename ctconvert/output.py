@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from ctconvert.errors import BadInputError, UsageError, VerificationError
+from ctconvert.names import nearest_directory
 from ctconvert.records import FileRecord, Manifest, Shard
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import MANIFEST
@@ -94,7 +95,7 @@ class Output:
         path = home_path(out)
         recover(path)
         if not path.is_dir():
-            raise UsageError(f"{out}: no such directory")
+            raise UsageError(f"{out}: no such directory{nearest_directory(path)}")
         return cls(LocalStore(path))
 
     @property

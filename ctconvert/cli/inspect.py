@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctconvert.cli.failures import failures
-from ctconvert.cli.options import Dtype, Json, Model
+from ctconvert.cli.options import Dtype, Json, Model, targets
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import collapse, shape_text, size
 
@@ -20,7 +20,12 @@ def inspect(
     model: Model,
     target: Annotated[
         str | None,
-        typer.Option("--target", "-t", help="Also say what each module would become for it."),
+        typer.Option(
+            "--target",
+            "-t",
+            help="Also say what each module would become for it.",
+            autocompletion=targets,
+        ),
     ] = None,
     dtype: Dtype = None,
     html: Annotated[

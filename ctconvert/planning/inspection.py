@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from ctconvert.formats.quantization import copies_of_config
 from ctconvert.formats.quantization.config import value_at
+from ctconvert.names import natural
 from ctconvert.planning.describe import Description, Module, as_text
 from ctconvert.records import Convert, Plan, Refusal
 from ctconvert.store.base import Store
@@ -116,7 +117,8 @@ def _module(
 
 
 def _others(entries: Iterable[TensorEntry]) -> list[OtherTensor]:
-    return [OtherTensor(e.name, e.spec.dtype, e.spec.shape, e.nbytes) for e in entries]
+    ordered = sorted(entries, key=lambda entry: natural(entry.name))
+    return [OtherTensor(e.name, e.spec.dtype, e.spec.shape, e.nbytes) for e in ordered]
 
 
 def _stored(entry: TensorEntry) -> StoredTensor:
@@ -158,7 +160,7 @@ def inspection(description: Description, plan: Plan | None) -> Inspection:
                 total_bytes(made[name].made) if name in made else None,
                 refusals.get(name),
             )
-            for name, module in description.modules.items()
+            for name, module in sorted(description.modules.items(), key=lambda one: natural(one[0]))
         ],
         others=_others(description.plain.values()),
         target=None if plan is None else plan.options.target,
@@ -180,6 +182,7 @@ def converted_inspection(store: Store, plan: Plan) -> Inspection:
             others.append(copy.output)
     modules = [_made(module) for module in plan.modules]
     modules += [_kept(refusal, tensors[name]) for name, refusal in kept.items()]
+    modules.sort(key=lambda module: natural(module.name))
     return Inspection(
         model=store.where,
         revision=store.revision,

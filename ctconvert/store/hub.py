@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ctconvert.errors import ConversionError, UsageError
+from ctconvert.names import nearest_directory
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import OTHER_WEIGHTS
 from ctconvert.store.local import LocalStore
@@ -72,7 +73,10 @@ def open_store(model: str, *, download: bool) -> Store:
     if path.exists():
         raise UsageError(f"{model} is a file; name the checkpoint's directory or a Hub id")
     if model.startswith((".", "/", "~")) or not _HUB_ID.match(model):
-        raise UsageError(f"{model}: no such directory, and not a Hub id (org/name[@revision])")
+        raise UsageError(
+            f"{model}: no such directory, and not a Hub id (org/name[@revision])"
+            f"{nearest_directory(path)}"
+        )
     return _open_hub(model, download)
 
 
@@ -145,4 +149,4 @@ def hub_failures(model: str) -> Iterator[None]:
     except (HFValidationError, HTTPError, OSError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         reason = f"no such directory, and the Hub gave: {first}"
-    raise UsageError(f"{model}: {reason}") from None
+    raise UsageError(f"{model}: {reason}{nearest_directory(Path(model))}") from None

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ctconvert.cli.text import natural, printable, shape_text, size
+from ctconvert.cli.text import printable, shape_text, size
+from ctconvert.names import natural
 from ctconvert.planning.inspection import InspectedModule, Inspection, OtherTensor
 
 #: The labels of what no layout takes, and of what is not quantised (after its type).
