@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from ctconvert.errors import UsageError
+from ctconvert.errors import CtconvertError, UsageError
 from ctconvert.output import Output
 from ctconvert.planning.choose import check_options, dtype_named
 from ctconvert.planning.describe import describe
@@ -24,11 +24,31 @@ from ctconvert.planning.inspection import (
 from ctconvert.planning.make import make_plan, restore_plan
 from ctconvert.progress import Progress, Silent
 from ctconvert.records import Differing, Examination, Options, Plan, Report, Verified
-from ctconvert.store.checkpoint import Checkpoint
+from ctconvert.store.checkpoint import MANIFEST, Checkpoint
 from ctconvert.store.hub import home_path, open_store
 
 if TYPE_CHECKING:
     from ctconvert.work.executors import Executor
+
+__all__ = [
+    "CtconvertError",
+    "Differing",
+    "Examination",
+    "Inspection",
+    "Plan",
+    "Progress",
+    "Report",
+    "Verified",
+    "default_out",
+    "diff",
+    "doctor",
+    "inspect",
+    "plan",
+    "repack",
+    "restore",
+    "verify",
+    "worker_count",
+]
 
 #: The most threads that are ever of use, and that a machine can be trusted to start.
 MOST_WORKERS = 256
@@ -88,7 +108,7 @@ def inspect(
         check_options(options)
     with _no_collection():
         checkpoint = Checkpoint(open_store(str(model), download=False))
-        if is_converted(checkpoint.config):
+        if is_converted(checkpoint.config) and MANIFEST in checkpoint.store.sizes():
             if target is not None:
                 raise UsageError(
                     f"{model} is kernel-ready already; --target is for what it was made from"

@@ -106,7 +106,7 @@ def _failure(error: BaseException, device: str) -> Failure | None:
         return failed(
             error.exit_code,
             error.kind,
-            str(error),
+            error.message,
             module=error.module,
             file=error.file,
             refusals=error.refusals,

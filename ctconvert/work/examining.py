@@ -72,7 +72,7 @@ def examine(
     try:
         description = describe(checkpoint)
     except BadInputError as error:
-        findings.append(_error("unreadable", str(error), error.module))
+        findings.append(_error("unreadable", error.message, error.module))
     else:
         modules = len(description.modules)
         findings += _of_headers(description, options, splits)

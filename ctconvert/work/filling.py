@@ -143,7 +143,8 @@ class Filling:
         self._missing = {shard.name: set(shard.tensors) for shard in left}
         label = "converting" if self.plan.kind == "converted" else "restoring"
         done = sum(bytes_of(part, self.plan) for part in self.staging.parts.values())
-        self.progress.phase(label, sum(shard.size for shard in left) - done)
+        total = sum(self.plan.entries[name].nbytes for shard in left for name in shard.tensors)
+        self.progress.phase(label, total - done)
         self._run(self._jobs(left, items, sink), sink)
         while self._sealing:
             self._run(self._seals(), sink)

@@ -262,7 +262,7 @@ class Staging:
         try:
             check_replaceable(self.out)
         except UsageError as error:
-            raise self._taken(str(error)) from None
+            raise self._taken(error.message) from None
         if not exchange(self.folder, self.out):
             self._replace_in_two_steps()
             return
@@ -270,7 +270,7 @@ class Staging:
             check_replaceable(self.folder)
         except UsageError as error:
             exchange(self.folder, self.out)
-            raise self._taken(str(error)) from None
+            raise self._taken(error.message) from None
 
     def _replace_in_two_steps(self) -> None:
         """Moves OUT aside first; where the second step fails, it is brought back."""

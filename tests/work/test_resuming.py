@@ -25,7 +25,7 @@ Whole = dict[str, str]
 
 def test_finished_shards_are_taken_over(place: Place, whole: Whole) -> None:
     finished = place.killed()
-    with pytest.raises(UsageError, match=r"unfinished.*--resume"):
+    with pytest.raises(UsageError, match=r"unfinished.*resume=True"):
         repack(place.model, place.out)
     with pytest.raises(UsageError, match="contradict"):
         repack(place.model, place.out, resume=True, overwrite=True)
@@ -77,7 +77,7 @@ def test_an_output_of_an_older_source_is_not_found_complete(place: Place, file: 
     repack(place.model, place.out)
     before = tree(place.out)
     flip(place.model / file)
-    with pytest.raises(UsageError, match=r"source has changed.*--overwrite"):
+    with pytest.raises(UsageError, match=r"source has changed.*overwrite=True"):
         repack(place.model, place.out, resume=True)
     assert tree(place.out) == before
     repack(place.model, place.out, overwrite=True)
@@ -95,7 +95,7 @@ def test_other_options_never_replace_a_complete_output(
         place.journal.write_bytes(journal)
     for asked in (options(target="cuda"), options(max_shard_size=20_000)):
         for flags in ({"resume": True}, {}):
-            with pytest.raises(UsageError, match="--overwrite"):
+            with pytest.raises(UsageError, match="overwrite=True"):
                 repack(place.model, place.out, asked=asked, **flags)
     assert tree(place.out) == whole
     assert repack(place.model, place.out, resume=True).resumed_shards == 3
@@ -106,7 +106,7 @@ def test_other_options_take_nothing_over(place: Place, whole: Whole) -> None:
     place.killed()
     before = tree(place.partial)
     for asked in (options(target="cuda"), options(max_shard_size=20_000), options(fuse=True)):
-        with pytest.raises(UsageError, match=r"other options.*--overwrite"):
+        with pytest.raises(UsageError, match=r"other options.*overwrite=True"):
             repack(place.model, place.out, asked=asked, resume=True)
     assert tree(place.partial) == before
     assert repack(place.model, place.out, overwrite=True).resumed_shards == 0
