@@ -234,7 +234,7 @@ def repack(
         out: the directory to make; ``MODEL-TARGET`` beside the model where not given.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``: where transforms run.
         workers: threads that read, transform and write; chosen by the machine where None.
-        resume: take over the finished shards of a killed run.
+        resume: take over the finished modules of a killed run.
         overwrite: replace an existing output.
         verify: read the output back and check every hash.
         progress: told of bytes done.

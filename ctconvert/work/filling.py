@@ -76,7 +76,8 @@ class Filling:
         for hashes in staging.shards.values():
             self.hashes |= hashes
         if whole or parts:
-            also = f" and {len(parts)} parts of others" if parts else ""
+            modules = len({item for item, _, _ in parts})
+            also = f" and of others {modules} modules or parts" if parts else ""
             self.progress.note(f"{len(whole)} of {len(self.plan.shards)} shards{also} taken over")
         return len(whole)
 
@@ -155,7 +156,7 @@ class Filling:
         self, left: Sequence[Shard], items: dict[str, list[Item]], sink: LocalSink
     ) -> Iterator[Job]:
         hashing = self._source_jobs()
-        parts = dict(self.staging.parts)  # as they were: those that this run makes come to it
+        parts = self.staging.parts
         begun = {entry.file for part in parts.values() for entry in self._entries(part)}
         for shard in left:
             if (ahead := next(hashing, None)) is not None:
@@ -201,7 +202,7 @@ class Filling:
                             self.staging.finished_source(name, digest)
                         continue
                     if (key := part_of(done.job)) is not None:
-                        self.staging.finished_part(key, PartDone(*key, done.hashes, done.pieces))
+                        self.staging.finished_part(PartDone(*key, done.hashes, done.pieces))
                     self._take(done, sink)
 
     def _take(self, done: Done, sink: LocalSink) -> None:

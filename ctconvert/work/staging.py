@@ -65,7 +65,7 @@ class Staging:
         #: Finished shards, with the hashes of their tensors, and hashes of source files.
         self.shards: dict[str, dict[str, str]] = {}
         self.sources: dict[str, str] = {}
-        #: Finished parts of items whose shards are not.
+        #: Parts of items that an earlier run has finished, of shards that it has not.
         self.parts: dict[Key, PartDone] = {}
         #: Why an unfinished output was not taken over.
         self.note = ""
@@ -198,15 +198,16 @@ class Staging:
                 "free; free some space or choose another place"
             )
 
-    def _append(self, entry: Struct) -> None:
+    def _append(self, entry: Struct, durable: bool = True) -> None:
         with self._journal.open("ab") as file:
             file.write(msgspec.json.encode(entry) + b"\n")
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
 
-    def _record(self, entry: Struct) -> None:
+    def _record(self, entry: Struct, durable: bool = True) -> None:
         try:
-            self._append(entry)
+            self._append(entry, durable)
         except OSError as error:
             raise cannot_write(self._journal, error) from None
 
@@ -215,10 +216,12 @@ class Staging:
         self._record(ShardDone(name, tensors))
         self.shards[name] = tensors
 
-    def finished_part(self, key: Key, part: PartDone) -> None:
-        """Records a finished part of an item."""
-        self._record(part)
-        self.parts[key] = part
+    def finished_part(self, part: PartDone) -> None:
+        """Records a finished part of an item, or all of it.
+
+        There may be many. Each is looked at again before it is taken over, so none need be durable.
+        """
+        self._record(part, durable=False)
 
     def finished_source(self, name: str, sha256: str) -> None:
         """Records the hash of a source file."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support import faults
 from support.changes import flip
 from support.executors import Inline
 from support.models import options, repack, restore, tree
@@ -16,6 +19,9 @@ from support.stores import Plain
 
 from ctconvert import api
 from ctconvert.errors import UsageError, VerificationError
+from ctconvert.store.local import LocalStore
+from ctconvert.store.safetensors import read_header
+from ctconvert.work.journal import PartDone, read_journal
 
 if TYPE_CHECKING:
     from .conftest import Place
@@ -37,9 +43,31 @@ def test_finished_shards_are_taken_over(place: Place, whole: Whole) -> None:
 
 def test_each_run_takes_over_what_all_before_it_have_finished(place: Place, whole: Whole) -> None:
     assert place.killed(after=4) == 1
-    assert place.killed(after=4, resume=True) == 2
+    assert place.killed(after=3, resume=True) == 2
     assert repack(place.model, place.out, resume=True).resumed_shards == 2
     assert tree(place.out) == whole and place.is_clean
+
+
+def test_finished_modules_are_taken_over(place: Place, whole: Whole) -> None:
+    """Of one shard, too: by their bytes, so that what was damaged meanwhile is made again."""
+    asked = options(max_shard_size=10**9)
+    once, expected = Inline(), place.folder / "converted"
+    repack(place.model, expected, asked=asked, executor=once)
+    for damage in (False, True):
+        killed = Inline(lambda: os.kill(os.getpid(), signal.SIGKILL), 4)
+        faults.run(partial(repack, place.model, place.out, asked=asked, executor=killed))
+        done = [one for one in read_journal(place.journal) if isinstance(one, PartDone)]
+        assert len(done) >= 3 and place.finished() == []
+        if damage:
+            first = next(iter(done[0].tensors))
+            found = read_header(LocalStore(place.built), "model.safetensors").tensors
+            (entry,) = (one for one in found if one.name == first)
+            flip(place.built / entry.file, entry.offset)
+        again = Inline()
+        repack(place.model, place.out, asked=asked, executor=again, resume=True)
+        assert len(again.wrote) == len(once.wrote) - len(done) + damage
+        assert tree(place.out) == tree(expected)
+        shutil.rmtree(place.out)
 
 
 def test_a_restoration_is_resumed_too(place: Place, converted: Path, restored: Whole) -> None:
@@ -130,7 +158,7 @@ def test_a_torn_line_loses_nothing_else(place: Place, whole: Whole) -> None:
     assert place.killed(after=4) == 1
     with place.journal.open("ab") as file:
         file.write(b'{"type":"shard","name":"model-00002')
-    assert place.killed(after=4, resume=True) == 2
+    assert place.killed(after=3, resume=True) == 2
     with place.journal.open("ab") as file:
         file.write(b"\0\0\0")
     assert repack(place.model, place.out, resume=True).resumed_shards == 2
