@@ -10,20 +10,46 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from ctconvert.errors import UsageError
+from ctconvert.errors import CtconvertError, UsageError
 from ctconvert.output import Output
 from ctconvert.planning.choose import check_options, dtype_named
 from ctconvert.planning.describe import describe
-from ctconvert.planning.inspection import Inspection, inspection
+from ctconvert.planning.inspection import (
+    Inspection,
+    converted_inspection,
+    inspection,
+    is_converted,
+)
 from ctconvert.planning.make import make_plan, restore_plan
 from ctconvert.progress import Progress, Silent
 from ctconvert.publishing import push
-from ctconvert.records import Differing, Examination, Options, Plan, Report, Verified
-from ctconvert.store.checkpoint import Checkpoint
+from ctconvert.records import Differing, Examination, Options, Plan, Pushed, Report, Verified
+from ctconvert.store.checkpoint import MANIFEST, Checkpoint
 from ctconvert.store.hub import home_path, open_store
 
 if TYPE_CHECKING:
     from ctconvert.work.executors import Executor
+
+__all__ = [
+    "CtconvertError",
+    "Differing",
+    "Examination",
+    "Inspection",
+    "Plan",
+    "Progress",
+    "Pushed",
+    "Report",
+    "Verified",
+    "default_out",
+    "diff",
+    "doctor",
+    "inspect",
+    "plan",
+    "push",
+    "repack",
+    "restore",
+    "verify",
+]
 
 
 def _options(
@@ -61,8 +87,8 @@ def inspect(
     """What a checkpoint holds: schemes by module, sizes, oddities; reads headers only.
 
     Args:
-        model: a directory or a Hub id (``org/name``, ``org/name@revision``).
-        target: also say what each module would become for it, or why it cannot.
+        model: a directory or a Hub id (``org/name``, ``org/name@revision``), source or converted.
+        target: also say what each module would become for it, or why it cannot; of a source.
         dtype: as for :func:`plan`.
 
     Returns:
@@ -71,6 +97,7 @@ def inspect(
     Raises:
         UsageError: there is no such model or target.
         BadInputError: the checkpoint is damaged or contradicts itself.
+        VerificationError: it is a converted one, and damaged.
     """
     options = None
     if target is not None:
@@ -78,7 +105,15 @@ def inspect(
     if options is not None:
         check_options(options)
     with _no_collection():
-        description = describe(Checkpoint(open_store(str(model), download=False)))
+        checkpoint = Checkpoint(open_store(str(model), download=False))
+        if is_converted(checkpoint.config) and MANIFEST in checkpoint.store.sizes():
+            if target is not None:
+                raise UsageError(
+                    f"{model} is kernel-ready already; --target is for what it was made from"
+                )
+            output = Output(checkpoint.store)
+            return converted_inspection(output.store, output.plan)
+        description = describe(checkpoint)
         return inspection(description, None if options is None else make_plan(description, options))
 
 
@@ -201,7 +236,7 @@ def repack(
         local_copy: download a Hub model into the local cache first; else its files are fetched
             as they are needed, and kept beside ``out`` no longer than that.
         workers: threads that read, transform and write; chosen by the machine where None.
-        resume: take over the finished shards of a killed run.
+        resume: take over the finished modules of a killed run.
         overwrite: replace an existing output.
         verify: read the output back and check every hash.
         push_to: the Hub repository to :func:`push` it to.

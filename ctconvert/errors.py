@@ -6,15 +6,47 @@ one belongs included, 3 the target cannot take a module, 130 interrupted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from ctconvert.records import Refusal
 
+#: The options of the command line that are arguments of functions too; those without a value.
+_FLAGS = ("overwrite", "resume", "fuse", "keep-unsupported", "independent", "kernels")
+_VALUED = (
+    *("against", "device", "dtype", "exclude", "include", "layout", "max-shard-size", "target"),
+    *("tensor-parallel", "workers"),
+)
+#: An option, with its value where the message says one; not in a command between backticks.
+_OPTION = re.compile(
+    rf"`[^`]*`|(?<![\w./-])--({'|'.join((*_FLAGS, *_VALUED))})(?![\w-])"
+    r"(?: (?=[A-Z]+\b)| (cpu)\b)?"
+)
+
+
+def in_python(message: str) -> str:
+    """A message in which options (``--overwrite``) are arguments (``overwrite=True``)."""
+
+    def argument(found: re.Match[str]) -> str:
+        option = found[1]
+        if option is None:
+            return found[0]
+        name = option.replace("-", "_")
+        if option in _FLAGS:
+            return f"{name}=True" + " " * found[0].endswith(" ")
+        if found[2] is not None:
+            return f"{name}={found[2]!r}"
+        return f"{name}=" if found[0].endswith(" ") else name
+
+    return _OPTION.sub(argument, message)
+
 
 class CtconvertError(Exception):
     """Base of every error this package raises on purpose.
+
+    ``message`` advises in the command line's terms, ``str`` in Python's.
 
     Args:
         message: one line: what is wrong, where, and what to do about it.
@@ -36,9 +68,13 @@ class CtconvertError(Exception):
         refusals: Sequence[Refusal] = (),
     ) -> None:
         super().__init__(message)
+        self.message = message
         self.module = module
         self.file = file
         self.refusals = tuple(refusals)
+
+    def __str__(self) -> str:
+        return in_python(self.message)
 
 
 class ConversionError(CtconvertError):

@@ -9,38 +9,31 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """Told of the phases of a run and the bytes done in each; called from any thread."""
+    """Told what a run does; called from any thread.
+
+    A class with these methods is one. One that inherits from this need only have those it is for.
+    """
 
     def plan(self, plan: Plan) -> None:
         """What will be made, before any of it is."""
+        return
 
     def phase(self, label: str, total: int) -> None:
-        """A phase of ``total`` bytes begins."""
+        """A phase of ``total`` bytes begins; the one before it is over."""
+        return
 
     def advance(self, count: int) -> None:
-        """``count`` more bytes are done."""
+        """``count`` more bytes of the phase are done; they add up to its total."""
+        return
 
     def module(self, name: str, layout: str | None) -> None:
         """A module is made; with its layout where it was converted."""
+        return
 
     def note(self, text: str) -> None:
         """A line the user should see."""
+        return
 
 
-class Silent:
+class Silent(Progress):
     """Shows nothing."""
-
-    def plan(self, plan: Plan) -> None:
-        pass
-
-    def phase(self, label: str, total: int) -> None:
-        pass
-
-    def advance(self, count: int) -> None:
-        pass
-
-    def module(self, name: str, layout: str | None) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass

@@ -15,6 +15,7 @@ __all__ = ["CHECKPOINTS", "EXAMPLE", "GPU", "ROOT"]
 GPU = torch.cuda.is_available()
 if not GPU:  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.pop("COLUMNS", None)  # tables are as wide as they are
 torch.set_num_threads(1)  # tensors are small: a second thread costs more than it gives
 
 

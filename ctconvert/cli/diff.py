@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctconvert.cli.failures import failures
-from ctconvert.cli.options import Json, JsonEvents, Workers
+from ctconvert.cli.options import Json, JsonEvents, Workers, directories
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import collapse
 from ctconvert.errors import DifferenceError
@@ -19,8 +19,8 @@ _Checkpoint = "A checkpoint, source or converted: a directory, or a Hub id: org/
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help=_Checkpoint)],
-    b: Annotated[str, typer.Argument(metavar="B", help=_Checkpoint)],
+    a: Annotated[str, typer.Argument(metavar="A", help=_Checkpoint, autocompletion=directories)],
+    b: Annotated[str, typer.Argument(metavar="B", help=_Checkpoint, autocompletion=directories)],
     json_: Json = False,
     json_events: JsonEvents = None,
     workers: Workers = None,

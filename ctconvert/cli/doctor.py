@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctconvert.cli.failures import failures
-from ctconvert.cli.options import Json, JsonEvents, Model, Workers, parse_counts
+from ctconvert.cli.options import Json, JsonEvents, Model, Workers, parse_counts, targets
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import collapse
 from ctconvert.errors import FindingsError
@@ -20,7 +20,12 @@ def doctor(
     model: Model,
     target: Annotated[
         str | None,
-        typer.Option("--target", "-t", help="Also look for what no layout of it takes."),
+        typer.Option(
+            "--target",
+            "-t",
+            help="Also look for what no layout of it takes.",
+            autocompletion=targets,
+        ),
     ] = None,
     tensor_parallel: Annotated[
         str,

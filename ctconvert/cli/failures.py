@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 from msgspec.structs import replace
 
+from ctconvert.cli.logs import COMMAND, LOG
 from ctconvert.cli.sink import Sink
-from ctconvert.cli.streams import flush, say, say_error
+from ctconvert.cli.streams import flush
 from ctconvert.cli.text import printable
 from ctconvert.errors import CtconvertError, UnsupportedError
 from ctconvert.signals import SIGNALS, Stopped
@@ -22,8 +24,13 @@ if TYPE_CHECKING:
 
 #: What :func:`tell` has a line for; any other error is a mistake in this program.
 TOLD = (CtconvertError, OSError, MemoryError, RuntimeError, Stopped, KeyboardInterrupt)
-#: How a stopped run that stages its output goes on.
-RESUMES = "; run it again with --resume to continue"
+
+
+def resumes() -> str:
+    """How a stopped run that stages its output goes on: the very command, as a shell reads it."""
+    verb, *rest = COMMAND or ["repack"]
+    again = [argument for argument in rest if argument not in ("--resume", "--overwrite")]
+    return f"; to continue: {shlex.join(['ctconvert', verb, '--resume', *again])}"
 
 
 @contextmanager
@@ -59,14 +66,14 @@ def tell(error: BaseException, sink: Sink, device: str = "cpu") -> int:
         raise error
     if isinstance(error, OSError) and error.filename == "stdout":
         if not isinstance(error, BrokenPipeError):  # where nobody reads on, nobody needs a line
-            say_error(failure.error.message)
+            LOG.error(failure.error.message)
         return failure.exit_code
     first, rest = failure.error.message, []
     if isinstance(error, UnsupportedError):
         first, *rest = first.split("\n")
-    say_error(first)
+    LOG.error(first)
     for line in rest:  # one a refusal
-        say(line)
+        LOG.error(line, extra={"follows": True})
     if rest:  # which are records in JSON
         failure = replace(failure, error=replace(failure.error, message=first.removesuffix(":")))
     with suppress(OSError):
@@ -99,7 +106,7 @@ def _failure(error: BaseException, device: str) -> Failure | None:
         return failed(
             error.exit_code,
             error.kind,
-            str(error),
+            error.message,
             module=error.module,
             file=error.file,
             refusals=error.refusals,
@@ -133,4 +140,4 @@ def _out_of_memory(device: str) -> str:
 
 def usage_line(message: str, command: str) -> str:
     """The line for a command line that cannot be read."""
-    return f"{printable(message).rstrip('.')}; see {command} --help"
+    return f"{printable(message).rstrip('.?')}; see {command} --help"

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from ctconvert.cli.failures import failures
-from ctconvert.cli.options import Json
+from ctconvert.cli.options import Json, targets
 from ctconvert.cli.sink import Sink
 from ctconvert.errors import UsageError
+from ctconvert.names import meant
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,12 @@ class Listing:
 def layouts(
     target: Annotated[
         str | None,
-        typer.Option("--target", "-t", help="Those that it prefers alone, in its order."),
+        typer.Option(
+            "--target",
+            "-t",
+            help="Those that it prefers alone, in its order.",
+            autocompletion=targets,
+        ),
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -66,7 +72,10 @@ def listing(target: str | None = None) -> Listing:
 
     if target is not None:
         if target not in TARGETS:
-            raise UsageError(f"unknown target {target!r}; the targets are {', '.join(TARGETS)}")
+            raise UsageError(
+                f"unknown target {target!r}; the targets are {', '.join(TARGETS)}"
+                f"{meant(target, TARGETS)}"
+            )
         order = TARGETS[target]
         known = {layout.name: layout for layout in listing().layouts}
         return Listing(

@@ -10,11 +10,52 @@ import typer
 
 from ctconvert.errors import UsageError
 
+
+def directories(incomplete: str) -> list[str]:
+    """What completes a directory's name."""
+    path = Path(incomplete)
+    folder = path if incomplete.endswith("/") or not incomplete else path.parent
+    try:
+        found = [item for item in folder.expanduser().iterdir() if item.is_dir()]
+    except (OSError, RuntimeError):
+        return []
+    begun = "" if folder == path else path.name
+    lead = incomplete[: len(incomplete) - len(begun)]
+    names = sorted(item.name for item in found if item.name.startswith(begun))
+    return [f"{lead}{name}/" for name in names if begun or not name.startswith(".")]
+
+
+def targets(incomplete: str) -> list[str]:
+    """What completes a target."""
+    from ctconvert.layouts import TARGETS
+
+    return [name for name in TARGETS if name.startswith(incomplete)]
+
+
+def pattern_layouts(incomplete: str) -> list[str]:
+    """What completes the layout of ``PATTERN=LAYOUT``."""
+    from ctconvert.layouts import LAYOUTS
+
+    pattern, equals, begun = incomplete.rpartition("=")
+    names = [layout.name for layout in LAYOUTS if layout.name.startswith(begun)]
+    return [f"{pattern}={name}" for name in names] if equals else []
+
+
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A directory, or a Hub id: org/name[@revision].")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A directory, or a Hub id: org/name[@revision].",
+        autocompletion=directories,
+    ),
 ]
 Out = Annotated[
-    Path, typer.Argument(metavar="OUT", help="A converted checkpoint: a directory, or a Hub id.")
+    Path,
+    typer.Argument(
+        metavar="OUT",
+        help="A converted checkpoint: a directory, or a Hub id.",
+        autocompletion=directories,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 JsonEvents = Annotated[

@@ -17,12 +17,13 @@ from ctconvert.cli.doctor import doctor
 from ctconvert.cli.failures import TOLD, tell, tell_mistake, usage_line
 from ctconvert.cli.inspect import inspect
 from ctconvert.cli.layouts import layouts
+from ctconvert.cli.logs import COMMAND, LOG, logged
 from ctconvert.cli.push import push
 from ctconvert.cli.repack import repack
 from ctconvert.cli.restore import restore
 from ctconvert.cli.schema import schema
 from ctconvert.cli.sink import Sink
-from ctconvert.cli.streams import flush, say_error
+from ctconvert.cli.streams import flush
 from ctconvert.cli.verify import verify
 from ctconvert.errors import UsageError
 from ctconvert.version import __version__
@@ -36,13 +37,12 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 the conversion or the verification failed, 2 bad usage or bad input "
     "(also: no manifest where one belongs), 3 the target cannot take a module, 130, 143 and 129 "
     "stopped by Ctrl-C, SIGTERM and SIGHUP.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # help is plain text, of which no bracket is lost
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (inspect, doctor, repack, push, verify, diff, restore, bench, layouts, schema):
-    app.command()(verb)
+    app.command(verb.__name__)(logged(verb))
 
 
 def _show_version(value: bool) -> None:
@@ -87,8 +87,9 @@ def _events_of(arguments: Sequence[str]) -> str | None:
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns its exit code; without arguments it shows the help."""
     if sys.stdout is None:
-        say_error("stdout is closed; send it to /dev/null where nobody needs the result")
+        LOG.error("stdout is closed; send it to /dev/null where nobody needs the result")
         return 2
+    COMMAND[:] = arguments
     sink = Sink("--json" in arguments, _events_of(arguments))
     try:
         code = _run([*arguments] or ["--help"], sink)

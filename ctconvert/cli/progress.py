@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from contextlib import suppress
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from ctconvert.cli.streams import is_screen, say
-from ctconvert.cli.text import printable, size
+from ctconvert.cli.logs import LOG, STDERR
+from ctconvert.cli.streams import is_screen
+from ctconvert.cli.text import size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -21,9 +23,14 @@ _EVERY = 10.0
 
 
 class ShownProgress:
-    """A :class:`ctconvert.progress.Progress`; a context, whose end ends the last phase."""
+    """A :class:`ctconvert.progress.Progress`; a context, whose end ends the last phase.
 
-    def __init__(self) -> None:
+    Args:
+        bar: show one where stderr is a terminal and not to be quiet.
+    """
+
+    def __init__(self, bar: bool = True) -> None:
+        self._wanted = bar
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._lock = Lock()
@@ -32,22 +39,31 @@ class ShownProgress:
         self._began = self._last = self._latest = 0.0
 
     def __enter__(self) -> ShownProgress:
-        if is_screen(sys.stderr):
+        if self._wanted and is_screen(sys.stderr) and STDERR.level <= logging.INFO:
             self._bar = _started_bar()
+            STDERR.printer = self._print
         return self
 
     def __exit__(self, *exc: object) -> None:
         if exc[0] is None:
             self._finish_phase()
         if self._bar is not None:
+            STDERR.printer = None
             with suppress(OSError):  # the terminal is gone
                 self._bar.stop()
 
+    def _print(self, line: str) -> None:
+        from rich.text import Text
+
+        assert self._bar is not None
+        self._bar.console.print(Text(line), soft_wrap=True)
+
     def plan(self, plan: Plan) -> None:
-        pass  # the result tells
+        made = ", ".join(f"{count} x {layout}" for layout, count in plan.layouts().items())
+        LOG.debug("plan: %s, %s", made or "no layout", size(plan.tensor_bytes))
 
     def module(self, name: str, layout: str | None) -> None:
-        pass
+        LOG.debug("module %s: %s", name, layout or "restored")
 
     def phase(self, label: str, total: int) -> None:
         self._finish_phase()
@@ -57,37 +73,32 @@ class ShownProgress:
             self._task = self._bar.add_task(label, total=total)
 
     def _finish_phase(self) -> None:
-        if self._label and self._bar is None:
+        if self._label:
             seconds = self._latest - self._began
-            say(f"{self._label}: {size(self._done)} in {seconds:.1f} s")
+            # on a screen the bar tells the same
+            level = logging.INFO if self._bar is None else logging.DEBUG
+            LOG.log(level, "%s: %s in %.1f s", self._label, size(self._done), seconds)
         self._label = ""
 
     def advance(self, count: int) -> None:
         with self._lock:
             self._done += count
-            self._latest = time.monotonic()
+            now = self._latest = time.monotonic()
             if self._bar is not None and self._task is not None:
                 self._bar.advance(self._task, count)
-                return
-            now = self._latest
-            if now - self._last < _EVERY:
+            if self._bar is not None or now - self._last < _EVERY:
                 return
             self._last = now
         rate = self._done / max(now - self._began, 1e-9)
         share = 100 * self._done / max(self._total, 1)
-        say(
-            f"{self._label}: {size(self._done)} of {size(self._total)} ({share:.0f} %), "
-            f"{size(rate)}/s"
+        left = max(self._total - self._done, 0) / rate
+        LOG.info(
+            "%s: %s of %s (%.0f %%), %s/s, %.0f s left",
+            *(self._label, size(self._done), size(self._total), share, size(rate), left),
         )
 
     def note(self, text: str) -> None:
-        if self._bar is None:
-            say(text)
-            return
-        from rich.text import Text
-
-        with suppress(OSError):
-            self._bar.console.print(Text(printable(text)), soft_wrap=True)
+        LOG.info(text)
 
 
 def _started_bar() -> Progress:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctconvert.cli.failures import RESUMES, failures
+from ctconvert.cli.failures import failures, resumes
 from ctconvert.cli.options import (
     Device,
     Dtype,
@@ -16,8 +16,11 @@ from ctconvert.cli.options import (
     Model,
     Resume,
     Workers,
+    directories,
     parse_layouts,
     parse_size,
+    pattern_layouts,
+    targets,
 )
 from ctconvert.cli.push import print_pushed
 from ctconvert.cli.sink import Sink
@@ -34,11 +37,20 @@ def repack(
     model: Model,
     out: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT", help="Directory to make; MODEL-TARGET beside MODEL."),
+        typer.Argument(
+            metavar="OUT",
+            help="Directory to make; MODEL-TARGET beside MODEL.",
+            autocompletion=directories,
+        ),
     ] = None,
     target: Annotated[
         str,
-        typer.Option("--target", "-t", help=f"What the kernels run on: {', '.join(TARGETS)}."),
+        typer.Option(
+            "--target",
+            "-t",
+            help=f"What the kernels run on: {', '.join(TARGETS)}.",
+            autocompletion=targets,
+        ),
     ] = ...,  # type: ignore[assignment]
     device: Device = "auto",
     dry_run: Annotated[
@@ -74,7 +86,11 @@ def repack(
     ] = None,
     layout: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN=LAYOUT", help="Layout for modules by glob or re:regex."),
+        typer.Option(
+            metavar="PATTERN=LAYOUT",
+            help="Layout for modules by glob or re:regex.",
+            autocompletion=pattern_layouts,
+        ),
     ] = None,
     dtype: Dtype = None,
     revision: Annotated[
@@ -93,7 +109,7 @@ def repack(
 ) -> None:
     """Convert a compressed-tensors checkpoint into a kernel-ready one."""
     sink = Sink(json_, json_events)
-    with failures(sink, device, advice="" if dry_run else RESUMES):
+    with failures(sink, device, advice="" if dry_run else resumes()):
         from ctconvert import api
 
         layouts, shard = parse_layouts(layout or []), parse_size(max_shard_size)

@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctconvert.cli.failures import RESUMES, failures
-from ctconvert.cli.options import Device, Json, JsonEvents, Out, Resume, Workers, parse_size
+from ctconvert.cli.failures import failures, resumes
+from ctconvert.cli.options import (
+    Device,
+    Json,
+    JsonEvents,
+    Out,
+    Resume,
+    Workers,
+    directories,
+    parse_size,
+)
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import size
 
@@ -18,7 +27,10 @@ if TYPE_CHECKING:
 
 def restore(
     out: Out,
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Directory to make.")],
+    dest: Annotated[
+        Path,
+        typer.Argument(metavar="DEST", help="Directory to make.", autocompletion=directories),
+    ],
     device: Device = "auto",
     json_: Json = False,
     json_events: JsonEvents = None,
@@ -31,7 +43,7 @@ def restore(
 ) -> None:
     """Turn a converted checkpoint back into the one it was made from."""
     sink = Sink(json_, json_events)
-    with failures(sink, device, advice=RESUMES):
+    with failures(sink, device, advice=resumes()):
         from ctconvert import api
 
         with sink.progress() as progress:

@@ -10,6 +10,7 @@ from ctconvert.cli.failures import failures
 from ctconvert.cli.sink import Sink, to_json
 from ctconvert.cli.streams import write
 from ctconvert.errors import UsageError
+from ctconvert.names import meant
 
 #: What has a schema: the manifest, the ``--json`` of each verb, and the lines of ``--json-events``.
 NAMES = (
@@ -20,7 +21,12 @@ NAMES = (
 
 def schema(
     name: Annotated[
-        str, typer.Argument(metavar="[NAME]", help=f"Of what: {', '.join(NAMES)}.")
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help=f"Of what: {', '.join(NAMES)}.",
+            autocompletion=lambda incomplete: [n for n in NAMES if n.startswith(incomplete)],
+        ),
     ] = "manifest",
 ) -> None:
     """Print the JSON Schema of the manifest, or of what a verb prints."""
@@ -76,7 +82,9 @@ def _record(name: str) -> type:
         "diff": records.Differing,
     }
     if name not in found:
-        raise UsageError(f"schema {name!r}: it must be one of {', '.join(NAMES)}")
+        raise UsageError(
+            f"schema {name!r}: it must be one of {', '.join(NAMES)}{meant(name, NAMES)}"
+        )
     return found[name]
 
 

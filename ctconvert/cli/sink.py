@@ -92,14 +92,11 @@ class Sink:
             self._events.plan(plan)
 
     @contextmanager
-    def progress(self) -> Iterator[Progress | None]:
-        """What shows how far a run is, or tells it to programs; None for neither."""
-        if self.as_json:
-            yield self._events
-            return
+    def progress(self) -> Iterator[Progress]:
+        """What shows how far a run is, logs it, and tells it to programs."""
         from ctconvert.cli.progress import ShownProgress
 
-        with ShownProgress() as shown:
+        with ShownProgress(bar=not self.as_json) as shown:
             if self._events is None:
                 yield shown
             else:
@@ -116,9 +113,10 @@ class Sink:
             self.line(f"note: {note}" + (f" ({count} times)" if count != "1" else ""))
 
     def table(self, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-        """A table; on a screen it is folded to fit, elsewhere no cell is ever broken."""
+        """A table; folded between words to fit a screen, or COLUMNS where that is set."""
         screen = is_screen(sys.stdout)
-        width = shutil.get_terminal_size().columns if screen else None
+        told = screen or os.environ.get("COLUMNS", "").isdecimal()
+        width = shutil.get_terminal_size().columns if told else None
         cells = [[printable(str(cell)) for cell in row] for row in (columns, *rows)]
         bold = screen and not os.environ.get("NO_COLOR")
         for lines in table(cells, width):

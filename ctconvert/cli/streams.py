@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
 from typing import TextIO
-
-from ctconvert.cli.text import printable
 
 
 def is_screen(stream: TextIO) -> bool:
@@ -37,15 +34,3 @@ def flush() -> None:
         sys.stdout.flush()
     except OSError as error:
         raise OSError(error.errno, error.strerror, "stdout") from None
-
-
-def say(text: str) -> None:
-    """A line on stderr. That nobody can read it is no reason to stop."""
-    with suppress(OSError):
-        sys.stderr.write(printable(text) + "\n")
-        sys.stderr.flush()
-
-
-def say_error(text: str) -> None:
-    """The one line a failure ends in."""
-    say(f"error: {text}")

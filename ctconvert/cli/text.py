@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 #: A number between dots, as layers and experts have: small, and written in one way only.
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 _GAP = "  "
-#: The least that a column is narrowed to.
-_NARROW = 8
 
 
 def printable(text: str) -> str:
@@ -63,13 +61,17 @@ def table(rows: Sequence[Sequence[str]], width: int | None = None) -> Iterator[l
 
     Args:
         rows: of equal length, the header first.
-        width: of the screen; cells are folded where they do not fit. Nothing is where None.
+        width: that they should fit; cells are folded between words, and no name is ever broken.
+            Nothing is folded where None.
     """
     widths = [max(map(cells, column)) for column in zip(*rows, strict=True)]
     if width is not None:
         room = width - len(_GAP) * (len(widths) - 1)
-        while sum(widths) > room and max(widths) > _NARROW:
-            widths[widths.index(max(widths))] -= 1
+        columns = zip(*rows, strict=True)
+        least = [max(map(cells, " ".join(column).split()), default=0) for column in columns]
+        while sum(widths) > room and widths != least:
+            spare = [w if w > low else 0 for w, low in zip(widths, least, strict=True)]
+            widths[spare.index(max(spare))] -= 1
     for row in rows:
         folded = [list(_fold(cell, limit)) for cell, limit in zip(row, widths, strict=True)]
         lines = []
@@ -97,19 +99,17 @@ def _cells_of(character: str) -> int:
 
 
 def _fold(text: str, limit: int) -> Iterator[str]:
-    """Pieces of a text of at most ``limit`` columns; at least one."""
+    """Lines of a text of at most ``limit`` columns, or of one word; at least one."""
     if cells(text) <= limit:
         yield text
         return
-    piece, used = "", 0
-    for character in text:
-        wide = _cells_of(character)
-        if used + wide > limit:
-            yield piece
-            piece, used = "", 0
-        piece += character
-        used += wide
-    yield piece
+    line = ""
+    for word in text.split():
+        if line and cells(line) + 1 + cells(word) > limit:
+            yield line
+            line = ""
+        line += f" {word}" if line else word
+    yield line
 
 
 def shape_text(shape: tuple[int, int] | None, experts: int | None) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctconvert.cli.failures import failures
-from ctconvert.cli.options import Json, JsonEvents, KernelDevice, Out, Workers
+from ctconvert.cli.options import Json, JsonEvents, KernelDevice, Out, Workers, directories
 from ctconvert.cli.sink import Sink
 from ctconvert.cli.text import size
 
@@ -20,7 +20,11 @@ def verify(
     out: Out,
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Also invert every layout and compare with the source."),
+        typer.Option(
+            metavar="MODEL",
+            help="Also invert every layout and compare with the source.",
+            autocompletion=directories,
+        ),
     ] = None,
     independent: Annotated[
         bool,

@@ -17,6 +17,7 @@ from ctconvert.errors import UsageError
 from ctconvert.formats.patterns import Pattern, PatternError
 from ctconvert.formats.quantization.config import value_at
 from ctconvert.layouts import Layout
+from ctconvert.names import meant
 from ctconvert.planning.assemble import Candidate, padded
 from ctconvert.planning.describe import as_text
 from ctconvert.records import Options, Recipe
@@ -82,11 +83,15 @@ def check_options(options: Options) -> None:
     if options.target not in layouts.TARGETS:
         raise UsageError(
             f"unknown target {options.target!r}; the targets are {', '.join(layouts.TARGETS)}"
+            f"{meant(str(options.target), layouts.TARGETS)}"
         )
     for pattern, name in options.overrides:
         if layouts.get(name) is None:
-            known = ", ".join(layout.name for layout in layouts.LAYOUTS)
-            raise UsageError(f"--layout {pattern}={name}: no such layout; the layouts are {known}")
+            known = [layout.name for layout in layouts.LAYOUTS]
+            raise UsageError(
+                f"--layout {pattern}={name}: no such layout; the layouts are {', '.join(known)}"
+                f"{meant(name, known)}"
+            )
         matches(pattern, "")
     for option, patterns in (("--include", options.include), ("--exclude", options.exclude)):
         for pattern in patterns:

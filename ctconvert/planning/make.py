@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from msgspec.structs import replace
 
 from ctconvert.errors import BadInputError, UnsupportedError, UsageError
 from ctconvert.formats.quantization import with_config
+from ctconvert.names import natural
 from ctconvert.planning.assemble import Candidate, alone, fuse, possible_names
 from ctconvert.planning.choose import Choice, Chooser, check_options, left_out, matches
 from ctconvert.planning.describe import Description
@@ -110,11 +111,15 @@ def make_plan(description: Description, options: Options) -> Plan:
         shards=shards,
         config="",
         side_files=tuple(SourceFile(name, sizes[name]) for name in side_files),
-        kept=tuple(kept),
-        refusals=tuple(item for item in refusals if item not in kept),
+        kept=_in_order(kept),
+        refusals=_in_order(item for item in refusals if item not in kept),
         notes=(*notes, *chooser.notes, *description.oddities),
     )
     return _with_config(plan, description)
+
+
+def _in_order(refusals: Iterable[Refusal]) -> tuple[Refusal, ...]:
+    return tuple(sorted(refusals, key=lambda one: natural(one.module)))
 
 
 def refuse(plan: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from ctconvert.names import natural
 from ctconvert.planning.memory import peak_memory
 from ctconvert.planning.place import disk_bytes, spool_bytes
 from ctconvert.records import Convert, Plan, Refusal
@@ -71,8 +72,8 @@ def outline(plan: Plan, download: int = 0, local_copy: bool = False) -> Outline:
     kept = min(download, download if local_copy else spool_bytes(plan))
     return Outline(
         target=plan.options.target,
-        modules=tuple(map(_module, plan.modules)),
-        copied=tuple(copy.name for copy in plan.copies),
+        modules=tuple(map(_module, sorted(plan.modules, key=lambda module: natural(module.name)))),
+        copied=tuple(sorted((copy.name for copy in plan.copies), key=natural)),
         kept=plan.kept,
         refused=plan.refusals,
         shards=tuple(OutlinedShard(shard.name, shard.size, shard.tensors) for shard in plan.shards),

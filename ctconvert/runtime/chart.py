@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ctconvert.errors import UsageError
-from ctconvert.runtime.benchmark import BenchReport
+from ctconvert.store.places import check_file
+
+if TYPE_CHECKING:
+    from ctconvert.runtime.benchmark import BenchReport
 
 #: What :func:`plot` writes, by the file's suffix.
 CHARTS = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Checks that :func:`plot` can write ``path``, before anything is measured for it.
+    """Checks that a chart can be written to ``path``, before anything is measured for it.
 
     Raises:
         UsageError: its suffix is none of :data:`CHARTS`, it cannot be written, or matplotlib is
             not installed.
     """
-    try:
-        if path.is_dir():
-            raise UsageError(f"--plot {path}: a directory; name a file in it")
-        if path.suffix.lower() not in CHARTS:
-            raise UsageError(f"--plot {path}: write a {', '.join(CHARTS)} file")
-        new = not (path.exists() or path.is_symlink())
-        with path.open("ab"):
-            pass
-        if new:
-            path.unlink()
-    except OSError as error:
-        raise UsageError(f"--plot {path}: cannot be written: {error.strerror}") from None
+    check_file(path, "--plot", CHARTS)
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -6,8 +6,10 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from ctconvert.errors import UsageError
+from ctconvert.names import nearest_directory
 
 #: What may be a secret in somebody else's words: tokens by their form, and what signs a URL.
 _SECRETS = re.compile(r"\bhf_\w{6,}|(?<=Bearer )[^\s'\"<]+")
@@ -89,4 +91,5 @@ def hub_failures(model: str, path: bool = True) -> Iterator[None]:
                 "`hf auth login`"
             ) from None
         reason = f"{unknown}the Hub gave: {first_line(error)}"
-    raise UsageError(f"{model}: {reason}") from None
+    near = nearest_directory(Path(model)) if path else ""
+    raise UsageError(f"{model}: {reason}{near}") from None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from ctconvert.errors import BadInputError, ConversionError, UsageError
+from ctconvert.names import nearest_directory
 from ctconvert.store.answers import hub_failures, redact_logs
 from ctconvert.store.base import CHUNK, Store
 from ctconvert.store.checkpoint import OTHER_WEIGHTS
@@ -302,7 +303,10 @@ def open_store(model: str, *, download: bool) -> Store:
     if path.exists():
         raise UsageError(f"{model} is a file; name the checkpoint's directory or a Hub id")
     if model.startswith((".", "/", "~")) or not HUB_ID.match(model):
-        raise UsageError(f"{model}: no such directory, and not a Hub id (org/name[@revision])")
+        raise UsageError(
+            f"{model}: no such directory, and not a Hub id (org/name[@revision])"
+            f"{nearest_directory(path)}"
+        )
     return _open_hub(model, download)
 
 

@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -195,6 +195,26 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_file(path: Path, option: str, suffixes: Sequence[str]) -> None:
+    """Checks that a file can be written, before work is done for it; leaves nothing behind.
+
+    Raises:
+        UsageError: ``option`` names a directory, a file of another kind, or none that can be made.
+    """
+    try:
+        if path.is_dir():
+            raise UsageError(f"{option} {path}: a directory; name a file in it")
+        if path.suffix.lower() not in suffixes:
+            raise UsageError(f"{option} {path}: write a {', '.join(suffixes)} file")
+        new = not (path.exists() or path.is_symlink())
+        with path.open("ab"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written: {error.strerror}") from None
 
 
 def check_place(source: Path | None, out: Path) -> Path:

@@ -45,7 +45,7 @@ class Settings:
     Args:
         executor: what runs the jobs.
         device: where transforms run, as ``--device`` names it.
-        resume: take over the finished shards of an earlier, killed run.
+        resume: take over what an earlier, killed run has finished.
         overwrite: replace what is there.
         verify: read the output back and check every hash before it appears.
         progress: told of bytes done.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +11,7 @@ import torch
 from msgspec.structs import replace
 
 from ctconvert import codec
+from ctconvert.names import natural
 from ctconvert.progress import Progress
 from ctconvert.records import Difference, Differing, Restore
 from ctconvert.specs import QuantizedWeight, WeightSpec
@@ -79,7 +80,7 @@ def diff(a: Store, b: Store, executor: Executor, progress: Progress) -> Differin
         b=b.where,
         modules=len(left.sources.keys() & right.sources.keys()),
         tensors=len(both),
-        differences=tuple(_by_module(found, [*left.sources, *right.sources])),
+        differences=tuple(_by_module(found, left.sources.keys() | right.sources.keys())),
     )
 
 
@@ -108,10 +109,9 @@ def _module_of(tensor: str) -> str:
     return tensor.rpartition(".")[0] or tensor
 
 
-def _by_module(found: list[Difference], order: list[str]) -> Iterator[Difference]:
-    """One difference a module, with the sums of its elements and weights; in the files' order."""
-    place = {name: at for at, name in reversed(list(enumerate(order)))}
-    found.sort(key=lambda one: (place.get(one.module, len(place)), one.module))
+def _by_module(found: list[Difference], quantised: Set[str]) -> Iterator[Difference]:
+    """One difference a module, with the sums of its elements and weights; quantised ones first."""
+    found.sort(key=lambda one: (one.module not in quantised, natural(one.module)))
     merged: dict[str, Difference] = {}
     for one in found:
         first = merged.get(one.module)

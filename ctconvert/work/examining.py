@@ -11,6 +11,7 @@ from ctconvert.errors import BadInputError, UsageError
 from ctconvert.formats.patterns import Patterns
 from ctconvert.formats.quantization import QuantizationSettings, guess_class
 from ctconvert.formats.quantization.names import other_names
+from ctconvert.names import natural
 from ctconvert.planning.assemble import FUSED, Candidate
 from ctconvert.planning.choose import Chooser, check_options
 from ctconvert.planning.describe import Description, describe
@@ -71,7 +72,7 @@ def examine(
     try:
         description = describe(checkpoint)
     except BadInputError as error:
-        findings.append(_error("unreadable", str(error), error.module))
+        findings.append(_error("unreadable", error.message, error.module))
     else:
         modules = len(description.modules)
         findings += _of_headers(description, options, splits)
@@ -79,7 +80,7 @@ def examine(
             from ctconvert.work.scanning import scan
 
             findings += scan(description, options, executor, progress)
-    findings.sort(key=lambda one: one.severity)
+    findings.sort(key=lambda one: (one.severity, natural(one.module or "")))
     return Examination(
         model=checkpoint.store.where,
         target=target,

@@ -80,7 +80,8 @@ class Filling:
         for hashes in staging.shards.values():
             self.hashes |= hashes
         if whole or parts:
-            also = f" and {len(parts)} parts of others" if parts else ""
+            modules = len({item for item, _, _ in parts})
+            also = f" and of others {modules} modules or parts" if parts else ""
             self.progress.note(f"{len(whole)} of {len(self.plan.shards)} shards{also} taken over")
         return len(whole)
 
@@ -147,7 +148,8 @@ class Filling:
         self._missing = {shard.name: set(shard.tensors) for shard in left}
         label = "converting" if self.plan.kind == "converted" else "restoring"
         done = sum(bytes_of(part, self.plan) for part in self.staging.parts.values())
-        self.progress.phase(label, sum(shard.size for shard in left) - done)
+        total = sum(self.plan.entries[name].nbytes for shard in left for name in shard.tensors)
+        self.progress.phase(label, total - done)
         self._run(self._jobs(left, items, sink), sink)
         while self._sealing:
             self._run(self._seals(), sink)
@@ -216,7 +218,7 @@ class Filling:
                             self._release(name)
                         continue
                     if (key := part_of(done.job)) is not None:
-                        self.staging.finished_part(key, PartDone(*key, done.hashes, done.pieces))
+                        self.staging.finished_part(PartDone(*key, done.hashes, done.pieces))
                     self._take(done, sink)
 
     def _take(self, done: Done, sink: LocalSink) -> None:

@@ -47,7 +47,7 @@ Key = tuple[str, int, int]
 
 
 class PartDone(Struct, frozen=True, tag="part"):
-    """Units of an item, ``first`` up to ``last``, are made.
+    """Units of a module, ``first`` up to ``last``, are made; all of them where it is no stack.
 
     ``tensors`` are the SHA-256 of those that are whole, ``pieces`` what was written of others.
     """

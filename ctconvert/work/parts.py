@@ -89,8 +89,8 @@ class Pieces:
 
 
 def part_of(job: Job) -> Key | None:
-    """Which part of an item a job makes; None where it makes all of it."""
-    if not isinstance(job, PartJob) or job.units == range(job.count):
+    """Which units of a module a job makes; None of other jobs, which are no module's."""
+    if not isinstance(job, PartJob):
         return None
     return job.name, job.units.start, job.units.stop
 

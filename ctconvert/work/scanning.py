@@ -89,7 +89,7 @@ class ScanJob(Job):
                             power = codec.common_power(self.item, read)
                         codec.encode(self.item, expert or 0, read, torch.device("cpu"), power)
                 except BadInputError as error:  # any other is no finding
-                    damage = damage or str(error)
+                    damage = damage or error.message
             context.progress.advance(source.nbytes // (source.experts or 1))
         findings = list(counts.findings(source.name))
         if damage:

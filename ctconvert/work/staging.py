@@ -68,7 +68,7 @@ class Staging:
         #: Finished shards, with the hashes of their tensors, and hashes of source files.
         self.shards: dict[str, dict[str, str]] = {}
         self.sources: dict[str, str] = {}
-        #: Finished parts of items whose shards are not.
+        #: Parts of items that an earlier run has finished, of shards that it has not.
         self.parts: dict[Key, PartDone] = {}
         #: Why an unfinished output was not taken over.
         self.note = ""
@@ -201,15 +201,16 @@ class Staging:
                 "free; free some space or choose another place"
             )
 
-    def _append(self, entry: Struct) -> None:
+    def _append(self, entry: Struct, durable: bool = True) -> None:
         with self._journal.open("ab") as file:
             file.write(msgspec.json.encode(entry) + b"\n")
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
 
-    def _record(self, entry: Struct) -> None:
+    def _record(self, entry: Struct, durable: bool = True) -> None:
         try:
-            self._append(entry)
+            self._append(entry, durable)
         except OSError as error:
             raise cannot_write(self._journal, error) from None
 
@@ -218,10 +219,12 @@ class Staging:
         self._record(ShardDone(name, tensors))
         self.shards[name] = tensors
 
-    def finished_part(self, key: Key, part: PartDone) -> None:
-        """Records a finished part of an item."""
-        self._record(part)
-        self.parts[key] = part
+    def finished_part(self, part: PartDone) -> None:
+        """Records a finished part of an item, or all of it.
+
+        There may be many. Each is looked at again before it is taken over, so none need be durable.
+        """
+        self._record(part, durable=False)
 
     def finished_source(self, name: str, sha256: str) -> None:
         """Records the hash of a source file."""
@@ -265,7 +268,7 @@ class Staging:
         try:
             check_replaceable(self.out)
         except UsageError as error:
-            raise self._taken(str(error)) from None
+            raise self._taken(error.message) from None
         if not exchange(self.folder, self.out):
             self._replace_in_two_steps()
             return
@@ -273,7 +276,7 @@ class Staging:
             check_replaceable(self.folder)
         except UsageError as error:
             exchange(self.folder, self.out)
-            raise self._taken(str(error)) from None
+            raise self._taken(error.message) from None
 
     def _replace_in_two_steps(self) -> None:
         """Moves OUT aside first; where the second step fails, it is brought back."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +22,15 @@ from support.cli import environment, run
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 WORDS = {INT: "interrupted", TERM: "stopped by SIGTERM", HUP: "stopped by SIGHUP"}
-RESUMES = "; run it again with --resume to continue"
+
+ARGUMENTS = ("repack", "x", "-t", "triton")
+
+
+def resumes(verb: str, *rest: object) -> str:
+    """How the line of a stopped run ends: with the command that goes on."""
+    return f"; to continue: ctconvert {verb} --resume {shlex.join(map(str, rest))}"
+
+
 pytestmark = pytest.mark.timeout(60)
 
 #: A repack of jobs that take STEP seconds each; it says when they run and when they have stopped.
@@ -87,10 +96,10 @@ def jobs(step: float, *args: str, ignored: int | None = None) -> Program:
 
 @pytest.mark.parametrize("number", WORDS)
 def test_one_signal(number: int) -> None:
-    program = jobs(0.05, "repack", "x", "-t", "triton", "--json")
+    program = jobs(0.05, *ARGUMENTS, "--json")
     program.send(number)
     code, stdout, stderr = program.end()
-    line = f"{WORDS[number]}{RESUMES}"
+    line = f"{WORDS[number]}{resumes(*ARGUMENTS)} --json"
     assert (code, stderr) == (128 + number, f"error: {line}\n")
     stopped, _, document = stdout.partition("\n")
     assert stopped == "stopped" and json.loads(document) == failure(code, line)
@@ -110,14 +119,14 @@ def test_a_verb_that_stages_nothing_has_nothing_to_resume() -> None:
 @pytest.mark.parametrize("second", [INT, TERM])
 def test_a_second_signal_ends_it_at_once(second: int) -> None:
     """A worker may hang, on a network disk; the first signal still decides what is said."""
-    program = jobs(60, "repack", "x", "-t", "triton")
+    program = jobs(60, *ARGUMENTS)
     program.send(HUP)
     time.sleep(0.3)
     assert program.process.poll() is None  # it waits for its workers
     begin = time.monotonic()
     program.send(second)
     code, stdout, stderr = program.end()
-    assert (code, stderr) == (129, f"error: stopped by SIGHUP{RESUMES}\n")
+    assert (code, stderr) == (129, f"error: stopped by SIGHUP{resumes(*ARGUMENTS)}\n")
     assert stdout in ("", "stopped\n")  # the first may meet a thread that is not yet waited for
     assert time.monotonic() - begin < 10
 
@@ -125,11 +134,11 @@ def test_a_second_signal_ends_it_at_once(second: int) -> None:
 @pytest.mark.parametrize("numbers", [(INT, INT), (INT, INT, INT), (TERM, TERM), (HUP, TERM)])
 def test_signals_in_a_row(numbers: tuple[int, ...]) -> None:
     """As ``timeout`` and terminals send them; those that come together may have any order."""
-    program = jobs(0.05, "repack", "x", "-t", "triton")
+    program = jobs(0.05, *ARGUMENTS)
     program.send(*numbers)
     code, stdout, stderr = program.end()
     assert code - 128 in numbers and stdout in ("", "stopped\n")
-    assert stderr == f"error: {WORDS[signal.Signals(code - 128)]}{RESUMES}\n"
+    assert stderr == f"error: {WORDS[signal.Signals(code - 128)]}{resumes(*ARGUMENTS)}\n"
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
@@ -220,7 +229,7 @@ main()
     assert "converting" in text and "50/100 bytes" in text
     assert r"a note \x1b]0;owned\x07" in text and "\x1b]" not in text and "\x07" not in text
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")  # the cursor shows
-    assert text.endswith(f"error: interrupted{RESUMES}\r\n") and "Traceback" not in text
+    assert text.endswith(f"error: interrupted{resumes(*ARGUMENTS)}\r\n") and "Traceback" not in text
 
 
 def _read(descriptor: int) -> bytes:
@@ -260,10 +269,11 @@ def test_staged_work_is_kept(tmp_path: Path) -> None:
         time.sleep(0.01)
     program.send(TERM, TERM)
     code, _, stderr = program.end()
-    assert (code, stderr) == (143, f"error: stopped by SIGTERM{RESUMES}\n")
+    again = resumes("repack", model, tmp_path / "out", *OPTIONS)
+    assert (code, stderr) == (143, f"error: stopped by SIGTERM{again}\n")
     assert not (tmp_path / "out").exists()
     finished = journal.read_text().count('"shard"')
-    outcome = run("repack", model, tmp_path / "out", *OPTIONS, "--resume")
+    outcome = run(*shlex.split(again)[4:])
     assert outcome.code == 0
     report = json.loads(outcome.stdout)
     assert report["resumed_shards"] == finished < report["shards"]

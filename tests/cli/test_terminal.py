@@ -163,14 +163,18 @@ def test_progress_and_notes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_tables_on_a_screen(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Folded to COLUMNS, with a bold header unless NO_COLOR; elsewhere no cell is broken."""
-    rows = [("x" * 40, "y")]
+    """Folded to COLUMNS, with a bold header unless NO_COLOR; in a pipe without, not at all."""
+    rows = [(f"{'x' * 20} {'x' * 19}", "y")]
+    folded = f"{'x' * 20}   y\n{'x' * 19}\n"
+    for columns in ("", "no", "-1"):
+        monkeypatch.setenv("COLUMNS", columns)
+        Sink().table(["module", "n"], rows)
+        assert capsys.readouterr().out == f"module{' ' * 36}n\n{rows[0][0]}  y\n"
     monkeypatch.setenv("COLUMNS", "24")
     Sink().table(["module", "n"], rows)
-    assert capsys.readouterr().out == f"module{' ' * 36}n\n{'x' * 40}  y\n"
+    assert capsys.readouterr().out == f"module{' ' * 17}n\n{folded}"
     monkeypatch.setattr("ctconvert.cli.sink.is_screen", lambda stream: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    folded = f"{'x' * 21}  y\n{'x' * 19}\n"
     Sink().table(["module", "n"], rows)
     assert capsys.readouterr().out == f"\x1b[1mmodule{' ' * 17}n\x1b[0m\n{folded}"
     monkeypatch.setenv("NO_COLOR", "1")

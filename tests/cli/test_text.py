@@ -96,16 +96,19 @@ def test_a_table_has_no_trailing_blanks_and_breaks_nothing() -> None:
 
 
 def test_a_table_is_folded_to_a_screen() -> None:
-    found = lines([["module", "count"], ["abcdefghijklmnopqrstuvwxyz", "12"]], 20)
-    assert found == ["module         count", "abcdefghijklm  12", "nopqrstuvwxyz"]
-    narrow = lines([["module", "count"], ["abcdefghijklmnop", "12"]], 3)
-    assert narrow == ["module    count", "abcdefgh  12", "ijklmnop"]
+    """Between words: no name is ever broken, even where it does not fit."""
+    rows = [["module", "what"], ["model.layers.0", "one two three"]]
+    head, gap = "module          what", " " * 16
+    assert lines(rows, 29) == [head, "model.layers.0  one two three"]
+    assert lines(rows, 24) == [head, "model.layers.0  one two", f"{gap}three"]
+    narrow = [head, "model.layers.0  one", f"{gap}two", f"{gap}three"]
+    assert lines(rows, 21) == lines(rows, 3) == narrow
 
 
 def test_wide_characters_stay_in_their_column() -> None:
     found = lines([["模型", "b"], ["x", "c"], ["e\u0301", "d"]])
     assert [cells(line[:-1]) for line in found] == [6, 6, 6]
-    assert lines([["模型模型模型", "b"]], 11) == ["模型模型  b", "模型"]
+    assert lines([["模型 模型模型", "b"]], 15) == [f"模型{' ' * 10}b", "模型模型"]
 
 
 def test_numbers_far_apart_are_not_counted_through() -> None:

@@ -175,7 +175,7 @@ def test_damaged_config(model: Path, case: str) -> None:
             refused(model, says=says, keep_unsupported=True)
             fails(ctconvert.inspect, model, says=says)
             return
-        refused(model, says=(*says, "--keep-unsupported"))
+        refused(model, says=(*says, "keep_unsupported=True"))
         (found,) = (item for item in ctconvert.inspect(model).modules if item.name == name)
         assert all(text in (found.unsupported or "") for text in says[1:])
         return

@@ -209,7 +209,7 @@ def test_unsupported_modules_are_all_listed(
         convert(mixed, tmp_path / "out", **options)
     assert caught.value.exit_code == 3
     first, *refusals = str(caught.value).splitlines()
-    assert "2 modules" in first and "nothing" in first and "--keep-unsupported" in first
+    assert "2 modules" in first and "nothing" in first and "keep_unsupported=True" in first
     assert len(refusals) == 2 and all("3-bit" in line for line in refusals)
     assert any(UP in line for line in refusals) and any(DOWN in line for line in refusals)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -42,8 +42,8 @@ def test_source_is_a_file(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"workers": 0}, ("--workers 0",)),
-        ({"workers": -1}, ("--workers -1",)),
+        ({"workers": 0}, ("workers 0",)),
+        ({"workers": -1}, ("workers -1",)),
         ({"device": "abacus"}, ("abacus", "cpu")),
         ({"device": "cuda:x"}, ("cuda:x",)),
         ({"device": "cuda:9"}, ("cuda:9",)),
@@ -51,7 +51,7 @@ def test_source_is_a_file(model: Path, tmp_path: Path) -> None:
         ({"layout": {"*": "none"}}, ("*=none", "triton-wna16")),
         ({"layout": {"re:(": "triton-wna16"}}, ("re:(",)),
         ({"max_shard_size": 0}, ("max_shard_size 0",)),
-        ({"resume": True, "overwrite": True}, ("--resume", "--overwrite")),
+        ({"resume": True, "overwrite": True}, ("resume=True", "overwrite=True")),
     ],
 )
 def test_bad_usage_of_repack(model: Path, options: dict[str, Any], says: tuple[str, ...]) -> None:
@@ -62,7 +62,7 @@ def test_bad_usage_of_verify(model: Path, tmp_path: Path) -> None:
     out, none = tmp_path / "out", tmp_path / "none"
     convert(model, out)
     fails(ctconvert.verify, none, says=(str(none),), error=UsageError)
-    fails(ctconvert.verify, out, says=("--workers 0",), error=UsageError, workers=0)
+    fails(ctconvert.verify, out, says=("workers 0",), error=UsageError, workers=0)
     fails(ctconvert.verify, out, says=(str(none),), error=UsageError, against=none)
     fails(ctconvert.verify, model, says=("no ctconvert.json",), error=VerificationError)
 

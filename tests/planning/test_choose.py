@@ -71,7 +71,7 @@ def test_a_chosen_layout_that_does_not_take_it_says_why() -> None:
         ({"target": "tpu"}, "'tpu'.*triton, cuda, .*xpu"),
         ({"target": "cuda", "layout": {"*": "none"}}, r"\*=none.*triton-wna16"),
         ({"target": "cuda", "layout": {"re:(": "marlin"}}, r"re:\("),
-        ({"target": "cuda", "dtype": "float32"}, "--dtype 'float32'.*bfloat16 or float16"),
+        ({"target": "cuda", "dtype": "float32"}, "dtype 'float32'.*bfloat16 or float16"),
         ({"target": "cuda", "max_shard_size": 0}, "max_shard_size 0"),
         ({"target": "cuda", "max_shard_size": 1 << 63}, "max_shard_size"),
     ],

@@ -82,7 +82,7 @@ def test_an_error_names_its_reason_once() -> None:
         (errno.EPERM, "permissions"),
         (errno.EROFS, "permissions"),
         (errno.ENAMETOOLONG, "shorter name"),
-        (errno.EFBIG, "--max-shard-size"),
+        (errno.EFBIG, "max_shard_size"),
         (errno.EISDIR, "another place"),
         (errno.ENOTDIR, "another place"),
         (errno.EIO, "another place"),
@@ -91,6 +91,6 @@ def test_an_error_names_its_reason_once() -> None:
 def test_each_error_has_the_advice_that_helps(number: int, advice: str) -> None:
     text = str(cannot_write(Path("/out"), OSError(number, os.strerror(number), "/some/file")))
     assert text.startswith(f"/out: cannot write: {os.strerror(number)}; ") and "\n" not in text
-    for other in ("free some space", "permissions", "shorter name", "--max-shard-size"):
+    for other in ("free some space", "permissions", "shorter name", "max_shard_size"):
         assert (other in text) == (other == advice), text
     assert advice in text

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,10 +44,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
-def program(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The command line as ``python -m ctconvert``."""
+def program(
+    *args: object, more: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """The command line as ``python -m ctconvert``, with ``more`` in its environment."""
     return subprocess.run(
         [sys.executable, "-m", "ctconvert", *map(str, args)],
         **({"capture_output": True, "text": True, "timeout": 120} | options),
-        env=environment() | options.pop("more", {}),
+        env=environment() | dict(more or {}),
     )

@@ -59,5 +59,5 @@ def test_one_wrong_code_is_named(tmp_path: Path) -> None:
 
 
 def test_it_needs_a_source(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--against"):
+    with pytest.raises(UsageError, match="against=MODEL"):
         ctconvert.verify(tmp_path, independent=True)

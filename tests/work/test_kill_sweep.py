@@ -271,7 +271,7 @@ class Case:
         except UsageError as error:
             # nothing on record says that OUT may be replaced
             assert before == self.old and before is not None and not replaces, (where, error)
-            assert "--overwrite" in str(error) and tree(place.out) == before, where
+            assert "overwrite=True" in str(error) and tree(place.out) == before, where
             self.scenario.again(place, "overwrite")
 
 

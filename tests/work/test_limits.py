@@ -63,7 +63,7 @@ def test_a_file_size_limit_midway(place: Place, whole: Whole) -> None:
 
     ended = faults.run(limited)
     assert re.fullmatch(
-        r"ConversionError: .*out\.partial/checkpoint/.*: File too large; .*--resume", ended.end
+        r"ConversionError: .*out\.partial/checkpoint/.*: File too large; .*resume=True", ended.end
     )
     finished = len(place.finished())
     assert finished >= 1 and not place.out.exists()
@@ -91,7 +91,7 @@ def test_a_full_disk_midway(
     usage = shutil.disk_usage(small_disk)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 40))
-        with pytest.raises(ConversionError, match=r"No space left on device.*--resume"):
+        with pytest.raises(ConversionError, match=r"No space left on device.*resume=True"):
             repack(place.model, out)
     assert not out.exists()
     with pytest.raises(ConversionError, match="are free"):
@@ -185,7 +185,7 @@ def test_out_of_memory_is_one_line(place: Place, error: Exception) -> None:
                 raise error
             super().read_into(name, offset, buffer)
 
-    with pytest.raises(ConversionError, match=r"^model\.layers\.\d.*out of memory.*--workers$"):
+    with pytest.raises(ConversionError, match=r"^model\.layers\.\d.*out of memory.*workers$"):
         repack(Full(LocalStore(place.model)), place.out)
     assert not place.out.exists()
 

@@ -49,7 +49,7 @@ def test_an_out_that_somebody_else_makes_meanwhile_is_left_alone(
         "repack": (repack, place.model, whole),
         "restore": (restore, converted, restored),
     }[verb]
-    with pytest.raises(ConversionError, match=r"out: .*left alone.*--resume"):
+    with pytest.raises(ConversionError, match=r"out: .*left alone.*resume=True"):
         run(source, place.out, executor=Inline(lambda: theirs(place.out)))
     kept = tree(place.out) or place.out.read_text()
     with pytest.raises(UsageError, match=r"exists|no directory|is the source"):

@@ -119,7 +119,7 @@ def test_an_output_of_the_first_version_of_the_manifest_is_replaced(
     files["templates/chat.jinja"] = {}
     manifest = {"format_version": 1, "tool": {"name": "ctconvert"}, "files": files}
     (place.out / "ctconvert.json").write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match="--overwrite"):
+    with pytest.raises(UsageError, match="overwrite=True"):
         repack(place.model, place.out)
     repack(place.model, place.out, overwrite=True)
     assert tree(place.out) == whole

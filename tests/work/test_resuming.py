@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support import faults
 from support.changes import flip
 from support.executors import Inline
 from support.models import options, repack, restore, tree
@@ -16,6 +19,9 @@ from support.stores import Plain
 
 from ctconvert import api
 from ctconvert.errors import UsageError, VerificationError
+from ctconvert.store.local import LocalStore
+from ctconvert.store.safetensors import read_header
+from ctconvert.work.journal import PartDone, read_journal
 
 if TYPE_CHECKING:
     from .conftest import Place
@@ -25,7 +31,7 @@ Whole = dict[str, str]
 
 def test_finished_shards_are_taken_over(place: Place, whole: Whole) -> None:
     finished = place.killed()
-    with pytest.raises(UsageError, match=r"unfinished.*--resume"):
+    with pytest.raises(UsageError, match=r"unfinished.*resume=True"):
         repack(place.model, place.out)
     with pytest.raises(UsageError, match="contradict"):
         repack(place.model, place.out, resume=True, overwrite=True)
@@ -37,9 +43,31 @@ def test_finished_shards_are_taken_over(place: Place, whole: Whole) -> None:
 
 def test_each_run_takes_over_what_all_before_it_have_finished(place: Place, whole: Whole) -> None:
     assert place.killed(after=4) == 1
-    assert place.killed(after=4, resume=True) == 2
+    assert place.killed(after=3, resume=True) == 2
     assert repack(place.model, place.out, resume=True).resumed_shards == 2
     assert tree(place.out) == whole and place.is_clean
+
+
+def test_finished_modules_are_taken_over(place: Place, whole: Whole) -> None:
+    """Of one shard, too: by their bytes, so that what was damaged meanwhile is made again."""
+    asked = options(max_shard_size=10**9)
+    once, expected = Inline(), place.folder / "converted"
+    repack(place.model, expected, asked=asked, executor=once)
+    for damage in (False, True):
+        killed = Inline(lambda: os.kill(os.getpid(), signal.SIGKILL), 4)
+        faults.run(partial(repack, place.model, place.out, asked=asked, executor=killed))
+        done = [one for one in read_journal(place.journal) if isinstance(one, PartDone)]
+        assert len(done) >= 3 and place.finished() == []
+        if damage:
+            first = next(iter(done[0].tensors))
+            found = read_header(LocalStore(place.built), "model.safetensors").tensors
+            (entry,) = (one for one in found if one.name == first)
+            flip(place.built / entry.file, entry.offset)
+        again = Inline()
+        repack(place.model, place.out, asked=asked, executor=again, resume=True)
+        assert len(again.wrote) == len(once.wrote) - len(done) + damage
+        assert tree(place.out) == tree(expected)
+        shutil.rmtree(place.out)
 
 
 def test_a_restoration_is_resumed_too(place: Place, converted: Path, restored: Whole) -> None:
@@ -77,7 +105,7 @@ def test_an_output_of_an_older_source_is_not_found_complete(place: Place, file: 
     repack(place.model, place.out)
     before = tree(place.out)
     flip(place.model / file)
-    with pytest.raises(UsageError, match=r"source has changed.*--overwrite"):
+    with pytest.raises(UsageError, match=r"source has changed.*overwrite=True"):
         repack(place.model, place.out, resume=True)
     assert tree(place.out) == before
     repack(place.model, place.out, overwrite=True)
@@ -95,7 +123,7 @@ def test_other_options_never_replace_a_complete_output(
         place.journal.write_bytes(journal)
     for asked in (options(target="cuda"), options(max_shard_size=20_000)):
         for flags in ({"resume": True}, {}):
-            with pytest.raises(UsageError, match="--overwrite"):
+            with pytest.raises(UsageError, match="overwrite=True"):
                 repack(place.model, place.out, asked=asked, **flags)
     assert tree(place.out) == whole
     assert repack(place.model, place.out, resume=True).resumed_shards == 3
@@ -106,7 +134,7 @@ def test_other_options_take_nothing_over(place: Place, whole: Whole) -> None:
     place.killed()
     before = tree(place.partial)
     for asked in (options(target="cuda"), options(max_shard_size=20_000), options(fuse=True)):
-        with pytest.raises(UsageError, match=r"other options.*--overwrite"):
+        with pytest.raises(UsageError, match=r"other options.*overwrite=True"):
             repack(place.model, place.out, asked=asked, resume=True)
     assert tree(place.partial) == before
     assert repack(place.model, place.out, overwrite=True).resumed_shards == 0
@@ -130,7 +158,7 @@ def test_a_torn_line_loses_nothing_else(place: Place, whole: Whole) -> None:
     assert place.killed(after=4) == 1
     with place.journal.open("ab") as file:
         file.write(b'{"type":"shard","name":"model-00002')
-    assert place.killed(after=4, resume=True) == 2
+    assert place.killed(after=3, resume=True) == 2
     with place.journal.open("ab") as file:
         file.write(b"\0\0\0")
     assert repack(place.model, place.out, resume=True).resumed_shards == 2

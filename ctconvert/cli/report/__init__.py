@@ -1,0 +1,1 @@
+"""A checkpoint as a person looks at it: ``inspect --html`` and ``inspect --plot``."""
