@@ -64,4 +64,12 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have one dtype, shape and bit pattern (NaN and -0.0 included)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(_flat(a), _flat(b))
+    left, right = _flat(a), _flat(b)
+    # Words first: torch compares eight bytes in the time of one.
+    whole = left.numel() & -8
+    aligned = all(side.data_ptr() % 8 == side.storage_offset() % 8 == 0 for side in (left, right))
+    if whole and aligned:
+        if not torch.equal(left[:whole].view(torch.int64), right[:whole].view(torch.int64)):
+            return False
+        left, right = left[whole:], right[whole:]
+    return torch.equal(left, right)
