@@ -6,7 +6,6 @@ where bytes come from. A store can be pickled, so that a job can run in another 
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -82,10 +81,3 @@ class Store(ABC):
             yield part
             offset += len(part)
             left -= len(part)
-
-    def sha256(self, name: str) -> str:
-        """The hash of a whole file, in hexadecimal."""
-        digest = hashlib.sha256()
-        for part in self.pieces(name):
-            digest.update(part)
-        return digest.hexdigest()

@@ -47,7 +47,7 @@ class Filling:
     executor: Executor
     progress: Progress
     device: str
-    #: SHA-256 of every tensor that is whole.
+    #: BLAKE3 hash of every tensor that is whole.
     hashes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,9 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+
+from blake3 import blake3
 
 from ctconvert import records
 from ctconvert.errors import VerificationError
@@ -84,7 +86,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a job: the SHA-256 of what it wrote or read, by full name.
+    """What came of a job: the hash of what it wrote or read, by full name.
 
     ``pieces`` are what it wrote of tensors that it did not write all of.
     """
@@ -148,7 +150,7 @@ class TensorWriter:
         self._start = start
         self._length = entry.nbytes if length is None else length
         self._done = 0
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
 
     def put(self, data: memoryview) -> None:
         """Writes and hashes the next bytes."""
@@ -179,7 +181,7 @@ def written(job: Job, writers: Mapping[str, TensorWriter], hashes: dict[str, str
     for name, writer in writers.items():
         piece = writer.finish()
         if writer.whole:
-            hashes[name] = piece.sha256
+            hashes[name] = piece.blake3
         else:
             pieces[name] = piece
     return Done(job, hashes, pieces)
@@ -193,7 +195,7 @@ def copy_tensors(context: Context, sources: Sequence[TensorEntry], output: Tenso
             for part in context.source.pieces(entry.file, entry.offset, entry.nbytes):
                 context.check_running()
                 writer.put(part)
-    return writer.finish().sha256
+    return writer.finish().blake3
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,7 @@ class HashJob(Job):
         file: the file it lies in.
         offset, length: its bytes.
         expected: its hash.
+        algorithm: of the hash.
         what: how a message names it.
         counted: whether the progress counts its bytes.
     """
@@ -232,9 +235,10 @@ class HashJob(Job):
     expected: str | None = None
     what: str = ""
     counted: bool = True
+    algorithm: Literal["blake3", "sha256"] = "blake3"
 
     def run(self, context: Context) -> Done:
-        digest = hashlib.sha256()
+        digest: Any = blake3() if self.algorithm == "blake3" else hashlib.sha256()
         with context.budget.hold(min(CHUNK, self.length)):
             for part in context.source.pieces(self.file, self.offset, self.length):
                 context.check_running()
