@@ -17,7 +17,7 @@ import pytest
 from support.paths import EXAMPLE, PACKAGE, ROOT
 
 #: What everything may import.
-_BASE = {"errors", "specs", "version", "progress"}
+_BASE = {"errors", "specs", "version", "progress", "memory"}
 _TRANSFORMS = _BASE | {"assembly", "transforms"}
 _RECORDS = _BASE | {"assembly", "store", "records"}
 _PLANNING = _RECORDS | {"formats", "layouts", "planning"}
@@ -27,6 +27,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "errors": set(),
     "version": set(),
     "progress": set(),
+    "memory": set(),
     "signals": {"errors"},
     "specs": set(),
     "assembly": {"specs"},

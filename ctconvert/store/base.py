@@ -9,6 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 
+from ctconvert import memory
+
 #: Bytes read, copied or hashed at once where no transform needs a whole tensor.
 CHUNK = 8 << 20
 
@@ -74,7 +76,7 @@ class Store(ABC):
     def pieces(self, name: str, offset: int = 0, length: int | None = None) -> Iterator[memoryview]:
         """A range of a file, a few MB at a time; each piece is valid until the next."""
         left = self.sizes()[name] - offset if length is None else length
-        buffer = memoryview(bytearray(min(CHUNK, max(left, 0))))
+        buffer = memory.buffer(min(CHUNK, max(left, 0)))
         while left > 0:
             part = buffer[: min(CHUNK, left)]
             self.read_into(name, offset, part)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from ctconvert import memory
 from ctconvert.specs import Dtype, TensorSpec
 
 _TORCH: Mapping[Dtype, torch.dtype] = {
@@ -39,6 +41,21 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
 def from_bytes(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     """A flat u8 tensor as a tensor of ``spec``, sharing memory."""
     return data.view(torch_dtype(spec.dtype)).view(spec.shape)
+
+
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+) -> torch.Tensor:
+    """A contiguous tensor of any content; on the CPU a large one is in memory that was used before.
+
+    Raises:
+        MemoryError, RuntimeError: there is no memory left.
+    """
+    shape, count = tuple(shape), math.prod(shape)
+    if count * dtype.itemsize < memory.LEAST or (device is not None and device.type != "cpu"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    data = memory.POOL.take(count * dtype.itemsize)
+    return torch.frombuffer(data, dtype=dtype, count=count).view(shape)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -16,13 +16,13 @@ from ctconvert.specs import TensorSpec
 from ctconvert.store.base import Store
 from ctconvert.store.safetensors import TensorEntry, total_bytes
 from ctconvert.transforms.device import is_out_of_memory, resolve
-from ctconvert.transforms.dtypes import from_bytes, raw_bytes
+from ctconvert.transforms.dtypes import empty, from_bytes, raw_bytes
 from ctconvert.work.jobs import Context, Done, Job, PartJob, TensorWriter, copy_tensors, written
 
 
 def read_tensor(store: Store, entry: TensorEntry) -> torch.Tensor:
     """One tensor of a store, on the CPU, in memory of its own."""
-    data = torch.empty(entry.nbytes, dtype=torch.uint8)
+    data = empty((entry.nbytes,), torch.uint8)
     if entry.nbytes:
         store.read_into(entry.file, entry.offset, data.numpy().data)
     return from_bytes(data, entry.spec)
