@@ -184,3 +184,68 @@ def unpack_tiles4(tiles, units, first, last):
                         units[row + 8, begin + t] = q
                         units[row + 16, begin + t] = r
                         units[row + 24, begin + t] = s
+
+
+# 2:4 sparse weights: a group of four elements is a word of u64 (16-bit elements) or u32 (8-bit),
+# its two kept values, lower column first, half a word.
+
+
+@njit(nogil=True, cache=True)
+def scatter(pairs, nibbles, shifts, bits, groups, first, last):
+    """Groups [N, K/4] of pairs [N, K/4] and nibbles u8 [N, >= K/8], rows ``first`` to ``last``.
+
+    ``shifts`` u64 [16, 3] has for each nibble where the two values go in the word, and 1 where they
+    are none and must be 0, 2 where the nibble is wrong. False where one is wrong.
+    """
+    low = (U(1) << bits) - U(1)
+    wrong = U(0)
+    for row in range(first, last):
+        for g in range(groups.shape[1]):
+            nibble = (nibbles[row, g >> 1] >> ((g & 1) * 4)) & 15
+            pair = U(pairs[row, g])
+            state = shifts[nibble, 2]
+            wrong |= (state & U(2)) | ((U(0) - (state & U(1))) & pair)
+            word = ((pair & low) << shifts[nibble, 0]) | ((pair >> bits) << shifts[nibble, 1])
+            groups[row, g] = word
+    return wrong == U(0)
+
+
+@njit(inline="always")
+def _gathered(word, table, bits, low, signs, factor, shift):
+    """The kept values of a group, and its nibble."""
+    top = (((word & low) + low) | (word & signs)) & ~low
+    word &= top | low
+    pattern = ((top * factor) >> shift) & U(15)
+    mask = (U(1) << bits) - U(1)
+    first = (word >> table[pattern, 0]) & mask
+    second = (word >> table[pattern, 1]) & mask
+    return first | (second << bits), table[pattern, 2]
+
+
+@njit(nogil=True, cache=True)
+def gather(groups, table, bits, low, signs, factor, pairs, nibbles, first, last):
+    """The inverse, by what is not 0: pairs [N, K/4] and nibbles u8 [N, >= K/8] of groups [N, K/4].
+
+    ``table`` u64 [16, 3] has for each pattern of nonzeros the shifts of the two kept values and the
+    nibble, 16 where there are more than two. ``low`` are all bits of the elements but the highest;
+    ``signs`` those that alone make an element nonzero, else it becomes 0; ``factor`` brings the
+    highest bits together. False where a group has more than two nonzeros.
+    """
+    shift = U(4) * bits - U(4)
+    wrong = U(0)
+    count = groups.shape[1]
+    for row in range(first, last):
+        source, target, codes = groups[row], pairs[row], nibbles[row]
+        for c in range(count >> 1):
+            pair, low_nibble = _gathered(U(source[2 * c]), table, bits, low, signs, factor, shift)
+            target[2 * c] = pair
+            pair, nibble = _gathered(U(source[2 * c + 1]), table, bits, low, signs, factor, shift)
+            target[2 * c + 1] = pair
+            wrong |= low_nibble | nibble
+            codes[c] = (low_nibble & U(15)) | ((nibble & U(15)) << U(4))
+        if count & 1:
+            pair, nibble = _gathered(U(source[count - 1]), table, bits, low, signs, factor, shift)
+            target[count - 1] = pair
+            wrong |= nibble
+            codes[count >> 1] = nibble & U(15)
+    return (wrong & U(16)) == U(0)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from ctconvert.transforms import compiled, marlin, packed, threads
+from ctconvert.transforms import compiled, marlin, packed, sparse24, threads
+from ctconvert.transforms.dtypes import same_bits
 from ctconvert.transforms.marlin import cpu as tiles
 from ctconvert.transforms.packed import cpu as words
+from ctconvert.transforms.sparse24 import compiled as sparse_loops
+from ctconvert.transforms.sparse24 import cpu as sparse_torch
 
 
 @pytest.fixture
@@ -103,6 +108,98 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     source = random(64, 16)
     assert compiled.transpose(source, 4, 128) is None
     assert torch.equal(packed.transpose_packed(source, 4), words.transpose(source, 4, 128))
+
+
+@pytest.fixture
+def sparse(loops: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_loops, "LOOPS", compiled.LOOPS)
+    monkeypatch.setattr(sparse_loops, "empty", _filled)
+
+
+def sparse_weight(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of both signs and fewer than two nonzeros among its groups."""
+    generator = torch.Generator().manual_seed(k)
+    bits = torch.int16 if dtype.itemsize == 2 else torch.int8
+    values = torch.randint(-(1 << 7), 1 << 7, (n, k // 4, 4), generator=generator, dtype=bits)
+    values = values * (257 if dtype.itemsize == 2 else 1)
+    kept = torch.randint(0, 4, (n, k // 4, 2), generator=generator)
+    mask = torch.zeros(values.shape, dtype=torch.bool).scatter_(2, kept, True)
+    if dtype.itemsize == 2:
+        values[torch.rand(values.shape, generator=generator) < 0.1] = -(1 << 15)
+    return torch.where(mask, values, 0).view(n, k).to(bits).view(dtype)
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1, 4), (65, 12), (130, 136), (192, 276)])
+def test_sparse_there_and_back(sparse: None, n: int, k: int, dtype: torch.dtype) -> None:
+    dense = sparse_weight(n, k, dtype)
+    values, meta = sparse_torch.sm90_compress(dense)
+    bitmask = sparse_torch.bitmask_of(dense)
+    kept = sparse_torch.bitmask_compress(dense, bitmask)
+    made = sparse_loops.sm90_compress(dense)
+    assert made is not None and same_bits(made[0], values) and same_bits(made[1], meta)
+    for found, want in (
+        (
+            sparse_loops.sm90_decompress(values, meta, n, k),
+            sparse_torch.sm90_decompress(values, meta, n, k),
+        ),
+        (
+            sparse_loops.bitmask_decompress(kept, bitmask, k),
+            sparse_torch.bitmask_decompress(kept, bitmask, k),
+        ),
+    ):
+        assert found is not None and same_bits(found, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("k", [132, 136])
+def test_damage_is_told_as_torch_tells_it(sparse: None, k: int, dtype: torch.dtype) -> None:
+    n = 70
+    dense = sparse_weight(n, k, dtype)
+    bitmask = sparse24.bitmask_of(dense)
+    kept = sparse24.bitmask_compress(dense, bitmask)
+    values, meta = sparse24.sm90_compress(dense)
+    for row in (0, 63, n - 1):
+        over = dense.clone()
+        over[row, k - 3 :] = 1
+        assert sparse_loops.sm90_compress(over) is None
+        with pytest.raises(ValueError, match=f"row {row}"):
+            sparse24.sm90_compress(over)
+        for byte in (0x01, 0x07, 0x73):
+            wrong = bitmask.clone()
+            wrong[row, -1] = byte
+            assert sparse_loops.bitmask_decompress(kept, wrong, k) is None
+            with pytest.raises(ValueError, match=f"row {row}"):
+                sparse24.bitmask_decompress(kept, wrong, k)
+    empty_weight = torch.zeros_like(dense)
+    _, nothing = sparse24.sm90_compress(empty_weight)
+    lost = torch.zeros_like(values)
+    lost[69, -1] = 1
+    assert sparse_loops.sm90_decompress(lost, nothing, n, k) is None
+    for bit in range(8):  # wherever the order puts it: a padding nibble, a pair, or another pair
+        other = meta.clone().flatten()
+        other[bit * 37] ^= 1 << bit
+        other = other.view(meta.shape)
+        want = _result(sparse_torch.sm90_decompress, values, other, n, k)
+        made = sparse_loops.sm90_decompress(values, other, n, k)
+        assert (made is None) == isinstance(want, str)
+        assert made is None or same_bits(made, want)
+
+
+def _result(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        return str(error)
+
+
+def _filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    made = torch.empty(shape, dtype=dtype)
+    made.view(torch.uint8).fill_(0x5A)
+    return made
 
 
 def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -119,7 +119,7 @@ def sm90_compress(dense: Tensor) -> tuple[Tensor, Tensor]:
         _gather(source.view(GROUP_DTYPE[size]), code.flatten(), factors, pairs[rows])
 
     _run_blocks(block, n, k, size)
-    return values, _to_kernel_order(meta, size)
+    return values, to_kernel_order(meta, size)
 
 
 def sm90_decompress(values: Tensor, meta: Tensor, n: int, k: int) -> Tensor:
@@ -129,7 +129,7 @@ def sm90_decompress(values: Tensor, meta: Tensor, n: int, k: int) -> Tensor:
     pairs = as_words(values, PAIR_DTYPE[size])
     nibbles = from_kernel_order(meta, size)
     first, second = tables.meta_shifts(size)
-    if not _padding_is_zero(nibbles, n, k):
+    if not padding_is_zero(nibbles, n, k):
         raise_meta_error(values, nibbles, n, k, 0)
 
     def block(rows: slice) -> None:
@@ -271,7 +271,7 @@ def _scatter(
 # --- the order of the metadata ----------------------------------------------------------------
 
 
-def _to_kernel_order(rows: Tensor, size: int) -> Tensor:
+def to_kernel_order(rows: Tensor, size: int) -> Tensor:
     """Row-major nibbles u8 [Np, Kp/8] -> the kernel's order, same shape."""
     if size == 1:
         # [N/64, 64, K/128, 16 bytes] -> [K/128, N/64, 64, 16 bytes]
@@ -295,7 +295,7 @@ def from_kernel_order(meta: Tensor, size: int) -> Tensor:
     return order.reshape(-1).view(torch.uint8).view(meta.shape)
 
 
-def _padding_is_zero(nibbles: Tensor, n: int, k: int) -> bool:
+def padding_is_zero(nibbles: Tensor, n: int, k: int) -> bool:
     whole = -(-k // 8)
     edge = nibbles[:n, k // 8 : whole] >> 4
     return not any(bool(part.any()) for part in (nibbles[n:], nibbles[:n, whole:], edge))
