@@ -67,8 +67,8 @@ class CtconvertConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.served.rename(hf_to_vllm_mapper.apply_list)
 
-    def get_checkpoint_weight_mapper(self) -> Any:
-        """Drops what no kernel reads."""
+    def get_cache_scale_mapper(self) -> Any:
+        """Drops what no kernel reads; vLLM 0.26 asks for this mapper alone."""
         from vllm.model_executor.models.utils import WeightsMapper
 
         ends = {
@@ -77,7 +77,14 @@ class CtconvertConfig(QuantizationConfig):
             for entry in module.outputs
             if entry.name.endswith(UNREAD)
         }
-        return WeightsMapper(orig_to_new_suffix=dict.fromkeys(sorted(ends)))
+        unread = WeightsMapper(orig_to_new_suffix=dict.fromkeys(sorted(ends)))
+        return super().get_cache_scale_mapper() | unread
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """Drops nothing more: act-order's columns are read."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        return WeightsMapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.fused_moe import RoutedExperts
