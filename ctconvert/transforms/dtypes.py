@@ -82,6 +82,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     left, right = _flat(a), _flat(b)
+    if left.data_ptr() == right.data_ptr() and left.device == right.device:
+        return True  # one memory: a layout that keeps a tensor as it is
     # Words first: torch compares eight bytes in the time of one.
     whole = left.numel() & -8
     aligned = all(side.data_ptr() % 8 == side.storage_offset() % 8 == 0 for side in (left, right))

@@ -25,3 +25,12 @@ def test_zeros_of_two_signs_differ_and_nan_is_itself() -> None:
     values = torch.tensor([0.0, float("nan"), 1.0])
     assert same_bits(values, values.clone())
     assert not same_bits(values, values * torch.tensor([-1.0, 1.0, 1.0]))
+
+
+def test_a_tensor_is_itself_but_not_another_shape_or_order_of_its_memory() -> None:
+    values = torch.arange(12, dtype=torch.int16).view(3, 4)
+    assert same_bits(values, values[:])
+    assert not same_bits(values, values.view(4, 3))
+    assert not same_bits(values[:, :3], values.t()[:3].t()[:, :3] + 1)
+    square = torch.arange(16).view(4, 4)
+    assert not same_bits(square, square.t())
