@@ -17,7 +17,7 @@ import pytest
 from support.paths import EXAMPLE, PACKAGE, ROOT
 
 #: What everything may import.
-_BASE = {"errors", "specs", "version", "progress", "names"}
+_BASE = {"errors", "specs", "version", "progress", "names", "memory"}
 _TRANSFORMS = _BASE | {"assembly", "transforms"}
 _RECORDS = _BASE | {"assembly", "store", "records"}
 _PLANNING = _RECORDS | {"formats", "layouts", "planning"}
@@ -28,6 +28,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "version": set(),
     "progress": set(),
     "names": set(),
+    "memory": set(),
     "signals": {"errors"},
     "specs": set(),
     "assembly": {"specs"},

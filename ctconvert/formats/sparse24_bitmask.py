@@ -108,8 +108,10 @@ class Sparse24Bitmask(Format):
             scale = tensors["weight_scale"].reshape(spec.scale_shape)
             check_scale(scale)
         if spec.bits == 16:
-            raw = codes.view(torch.int16)
-            raw.masked_fill_(raw == _NEGATIVE_ZERO, 0)
+            kept = tensors["compressed"].view(torch.int16)  # half as many, and seldom any
+            if bool((kept == _NEGATIVE_ZERO).any()):
+                raw = codes.view(torch.int16)
+                raw.masked_fill_(raw == _NEGATIVE_ZERO, 0)
         return QuantizedWeight(spec, codes=codes, scale=scale, side=decode_side(tensors, spec))
 
     def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:

@@ -164,9 +164,10 @@ def _card(output: Output, place: Place, remote: HubStore | None) -> tuple[str, l
     notes = []
     local = source = written = None
     if CARD in output.store.sizes():
-        text = output.store.read(CARD).decode("utf-8-sig", "replace")
+        data = output.store.read(CARD)
+        text = data.decode("utf-8-sig", "replace")
         record = output.manifest.file_records.get(CARD)
-        if record is not None and record.sha256 == output.store.sha256(CARD):
+        if record is not None and record.sha256 == hashlib.sha256(data).hexdigest():
             source = text
         else:
             local = text

@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 from ctconvert.errors import VerificationError
 
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Blake3 = Sha256
 Hex = Annotated[str, Meta(pattern="^([0-9a-f]{2})*$")]
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from ctconvert.assembly import assembled, leaves
 from ctconvert.errors import NoManifestError, VerificationError
-from ctconvert.records.border import Sha256, from_json, to_json
+from ctconvert.records.border import Blake3, Sha256, from_json, to_json
 from ctconvert.records.plan import Convert, Plan, Restore
 from ctconvert.records.sources import wrong_source, wrong_units
 from ctconvert.specs import Size, WeightSpec
@@ -20,7 +20,7 @@ from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import MANIFEST
 from ctconvert.store.safetensors import build_header, total_bytes
 
-FORMAT_VERSION: Literal[2] = 2
+FORMAT_VERSION: Literal[3] = 3
 _BLANK = "0" * 64
 #: Bytes of the largest manifest that is read; a model of 200 000 tensors has a quarter of it.
 _LARGEST = 500_000_000
@@ -41,21 +41,30 @@ class FileRecord(Struct, frozen=True):
     sha256: Sha256
 
 
+class SourceRecord(Struct, frozen=True):
+    """A file of the source and its BLAKE3 hash."""
+
+    name: str
+    size: Size
+    blake3: Blake3
+
+
 class Manifest(Struct, frozen=True, kw_only=True, dict=True):
     """``ctconvert.json``: what was made from what, with a hash of every tensor and file.
 
-    ``tensors`` are SHA-256 by full name, ``files`` every file of the output but this one,
-    ``sources`` the source's files. Nothing in it depends on time or place: one source and one set
-    of options give one manifest. ``manifest_sha256`` is the hash of the file with this value
-    replaced by 64 zeros.
+    ``tensors`` are hashes by full name, of the kind ``tensor_hash``, ``files`` every file of the
+    output but this one, ``sources`` the source's files. Nothing in it depends on time or place: one
+    source and one set of options give one manifest. ``manifest_sha256`` is the hash of the file
+    with this value replaced by 64 zeros.
     """
 
-    format_version: Literal[2]
+    format_version: Literal[3]
     tool: Tool
     plan: Plan
-    tensors: dict[str, Sha256]
+    tensor_hash: Literal["blake3"]
+    tensors: dict[str, Blake3]
     files: tuple[FileRecord, ...]
-    sources: tuple[FileRecord, ...]
+    sources: tuple[SourceRecord, ...]
     manifest_sha256: Sha256 = _BLANK
 
     @classmethod

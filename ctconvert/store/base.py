@@ -6,10 +6,11 @@ where bytes come from. A store can be pickled, so that a job can run in another 
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+
+from ctconvert import memory
 
 #: Bytes read, copied or hashed at once where no transform needs a whole tensor.
 CHUNK = 8 << 20
@@ -99,17 +100,10 @@ class Store(ABC):
     def pieces(self, name: str, offset: int = 0, length: int | None = None) -> Iterator[memoryview]:
         """A range of a file, a few MB at a time; each piece is valid until the next."""
         left = self.sizes()[name] - offset if length is None else length
-        buffer = memoryview(bytearray(min(CHUNK, max(left, 0))))
+        buffer = memory.buffer(min(CHUNK, max(left, 0)))
         while left > 0:
             part = buffer[: min(CHUNK, left)]
             self.read_into(name, offset, part)
             yield part
             offset += len(part)
             left -= len(part)
-
-    def sha256(self, name: str) -> str:
-        """The hash of a whole file, in hexadecimal."""
-        digest = hashlib.sha256()
-        for part in self.pieces(name):
-            digest.update(part)
-        return digest.hexdigest()

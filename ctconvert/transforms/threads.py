@@ -49,6 +49,15 @@ def spread(work: Callable[[Sequence[Item]], None], items: Sequence[Item], nbytes
             share.result()
 
 
+def stay_in_thread() -> None:
+    """Has torch run the operations of a worker thread in that thread, from now on.
+
+    Else each worker has a team of as many threads as there are cores, which wait for one another.
+    """
+    if threading.current_thread() is not threading.main_thread() and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
 def _run(work: Callable[[Sequence[Item]], None], share: Sequence[Item]) -> None:
     with torch.inference_mode():
         work(share)

@@ -20,6 +20,7 @@ from ctconvert.records import (
     Manifest,
     Plan,
     Report,
+    SourceRecord,
     Tool,
     to_json,
 )
@@ -92,7 +93,7 @@ def build(plan: Plan, store: Store, out: Path, settings: Settings) -> Report:
 
 def _asked(plan: Plan) -> str:
     """A hash of what was asked for, by which an unfinished run is known again."""
-    asked = [__version__, plan.kind, to_json(plan.options).decode()]
+    asked = [__version__, FORMAT_VERSION, plan.kind, to_json(plan.options).decode()]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
@@ -134,20 +135,21 @@ def _made_of(manifest: Manifest, plan: Plan, store: Store, settings: Settings) -
         return False
     settings.progress.note(f"{store.where}: comparing it with what the output was made of")
     names = [file.name for file in (*plan.source.hashed, *plan.side_files)]
-    records = manifest.file_records | {record.name: record for record in manifest.sources}
-    stated = {name: found for name in names if (found := store.stated_sha256(name)) is not None}
-    if any(name not in records or records[name].sha256 != stated[name] for name in stated):
-        return False
-    names = [name for name in names if name not in stated]
+    # the plan names the commit, whose files never change: what the Hub states need not be read
+    names = [name for name in names if store.stated_sha256(name) is None]
+    recorded = {record.name: record.sha256 for record in manifest.files}
+    recorded |= {record.name: record.blake3 for record in manifest.sources}
+    small = {file.name for file in plan.side_files}
     context = Context(store, progress=settings.progress)
     sizes = store.sizes()
     settings.progress.phase("comparing", sum(sizes[name] for name in names))
-    jobs = [HashJob(name, name, 0, sizes[name]) for name in names]
+    jobs = [
+        HashJob(name, name, 0, sizes[name], algorithm="sha256" if name in small else "blake3")
+        for name in names
+    ]
     with closing(settings.executor.run(jobs, context)) as results:
         return all(
-            name in records and records[name].sha256 == digest
-            for done in results
-            for name, digest in done.hashes.items()
+            recorded.get(name) == digest for done in results for name, digest in done.hashes.items()
         )
 
 
@@ -229,10 +231,11 @@ class _Build:
             format_version=FORMAT_VERSION,
             tool=Tool("ctconvert", __version__),
             plan=plan,
+            tensor_hash="blake3",
             tensors={entry.name: self.hashes[entry.name] for entry in plan.entries.values()},
             files=tuple(files),
             sources=tuple(
-                FileRecord(file.name, sizes[file.name], self.staging.sources[file.name])
+                SourceRecord(file.name, sizes[file.name], self.staging.sources[file.name])
                 for file in plan.source.hashed
             ),
         )

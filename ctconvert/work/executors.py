@@ -7,6 +7,7 @@ sink; another process needs nothing else.
 from __future__ import annotations
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -49,6 +50,9 @@ class Threads(Executor):
         finally:
             context.stop()
             pool.shutdown(wait=True, cancel_futures=True)
+            if (torch := sys.modules.get("torch")) is not None:
+                # threads to come have again what this one has, whatever jobs chose for their own
+                torch.set_num_threads(torch.get_num_threads())
 
 
 def _finished(running: set[Future[Done]]) -> Generator[Done, None, set[Future[Done]]]:

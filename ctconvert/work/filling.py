@@ -48,7 +48,7 @@ class Filling:
     executor: Executor
     progress: Progress
     device: str
-    #: SHA-256 of every tensor that is whole.
+    #: BLAKE3 hash of every tensor that is whole.
     hashes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -185,7 +185,7 @@ class Filling:
     def _source_jobs(self) -> dict[str, Job]:
         """Hashes of the source's files that are not known; read in order, they read ahead."""
         return {
-            file.name: HashJob(file.name, file.name, 0, file.size, counted=False)
+            file.name: HashJob(file.name, file.name, 0, file.size, counted=False, of_source=True)
             for file in self.plan.source.hashed
             if file.name not in self.staging.sources
         }
@@ -213,7 +213,6 @@ class Filling:
                 for done in results:
                     if isinstance(done.job, HashJob):
                         for name, digest in done.hashes.items():
-                            self.store.check_sha256(name, digest)
                             self.staging.finished_source(name, digest)
                             self._release(name)
                         continue

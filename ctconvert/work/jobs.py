@@ -12,7 +12,9 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+
+from blake3 import blake3
 
 from ctconvert import records
 from ctconvert.errors import VerificationError
@@ -84,7 +86,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a job: the SHA-256 of what it wrote or read, by full name.
+    """What came of a job: the hash of what it wrote or read, by full name.
 
     ``pieces`` are what it wrote of tensors that it did not write all of.
     """
@@ -148,7 +150,7 @@ class TensorWriter:
         self._start = start
         self._length = entry.nbytes if length is None else length
         self._done = 0
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
 
     def put(self, data: memoryview) -> None:
         """Writes and hashes the next bytes."""
@@ -179,7 +181,7 @@ def written(job: Job, writers: Mapping[str, TensorWriter], hashes: dict[str, str
     for name, writer in writers.items():
         piece = writer.finish()
         if writer.whole:
-            hashes[name] = piece.sha256
+            hashes[name] = piece.blake3
         else:
             pieces[name] = piece
     return Done(job, hashes, pieces)
@@ -193,7 +195,7 @@ def copy_tensors(context: Context, sources: Sequence[TensorEntry], output: Tenso
             for part in context.source.pieces(entry.file, entry.offset, entry.nbytes):
                 context.check_running()
                 writer.put(part)
-    return writer.finish().sha256
+    return writer.finish().blake3
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,8 @@ class HashJob(Job):
         file: the file it lies in.
         offset, length: its bytes.
         expected: its hash.
+        algorithm: of the hash.
+        of_source: it is a whole file of a source, and what the store states of it is checked too.
         what: how a message names it.
         counted: whether the progress counts its bytes.
     """
@@ -232,22 +236,32 @@ class HashJob(Job):
     expected: str | None = None
     what: str = ""
     counted: bool = True
+    algorithm: Literal["blake3", "sha256"] = "blake3"
+    of_source: bool = False
 
     def run(self, context: Context) -> Done:
-        digest = hashlib.sha256()
+        digest: Any = blake3() if self.algorithm == "blake3" else hashlib.sha256()
+        stated = hashlib.sha256() if self._stated(context) else None
         with context.budget.hold(min(CHUNK, self.length)):
             for part in context.source.pieces(self.file, self.offset, self.length):
                 context.check_running()
                 digest.update(part)
+                if stated is not None:
+                    stated.update(part)
                 if self.counted:
                     context.progress.advance(len(part))
         found = digest.hexdigest()
+        if stated is not None:
+            context.source.check_sha256(self.file, stated.hexdigest())
         if self.expected is not None and found != self.expected:
             raise VerificationError(
                 f"{self.what}: damaged: its bytes have changed",
                 file=context.source.path(self.file),
             )
         return Done(self, {self.name: found})
+
+    def _stated(self, context: Context) -> bool:
+        return self.of_source and context.source.stated_sha256(self.file) is not None
 
 
 @dataclass(frozen=True)

@@ -28,18 +28,18 @@ class Begin(Struct, frozen=True, tag="begin"):
 
 
 class ShardDone(Struct, frozen=True, tag="shard"):
-    """A finished shard, with the SHA-256 of its tensors."""
+    """A finished shard, with the BLAKE3 hashes of its tensors."""
 
     name: str
     tensors: dict[str, str]
 
 
 class Piece(Struct, frozen=True):
-    """Bytes of a tensor, from ``start`` on, and their SHA-256."""
+    """Bytes of a tensor, from ``start`` on, and their BLAKE3 hash."""
 
     start: int
     length: int
-    sha256: str
+    blake3: str
 
 
 #: An item and the units of it that a part is: the name, the first, and the one after the last.
@@ -49,7 +49,7 @@ Key = tuple[str, int, int]
 class PartDone(Struct, frozen=True, tag="part"):
     """Units of a module, ``first`` up to ``last``, are made; all of them where it is no stack.
 
-    ``tensors`` are the SHA-256 of those that are whole, ``pieces`` what was written of others.
+    ``tensors`` are hashes of those that are whole, ``pieces`` what was written of others.
     """
 
     item: str
@@ -60,10 +60,10 @@ class PartDone(Struct, frozen=True, tag="part"):
 
 
 class SourceDone(Struct, frozen=True, tag="source"):
-    """A source file's SHA-256."""
+    """A source file's BLAKE3 hash."""
 
     name: str
-    sha256: str
+    blake3: str
 
 
 class Commit(Struct, frozen=True, tag="commit"):

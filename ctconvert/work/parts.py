@@ -1,15 +1,16 @@
 """Stacks of experts in parts: jobs of a few units each, and the hashes of the tensors they share.
 
-A tensor's SHA-256 is that of its bytes in order, which the jobs of one stack write in any order.
+A tensor's hash is that of its bytes in order, which the jobs of one stack write in any order.
 Each gives the hash of its own piece, made of the bytes in memory; when all pieces are there, a
 :class:`SealJob` reads the tensor back once, for its hash and to see every piece again.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from blake3 import blake3
 
 from ctconvert.errors import ConversionError
 from ctconvert.records import Convert, Copy, Item, Plan
@@ -54,16 +55,16 @@ class SealJob(Job):
 
     def run(self, context: Context) -> Done:
         assert context.against is not None
-        entry, whole = self.entry, hashlib.sha256()
+        entry, whole = self.entry, blake3()
         with context.budget.hold(min(CHUNK, entry.nbytes)):
             for piece in self.pieces:
-                own = hashlib.sha256()
+                own = blake3()
                 offset = entry.offset + piece.start
                 for data in context.against.pieces(entry.file, offset, piece.length):
                     context.check_running()
                     whole.update(data)
                     own.update(data)
-                if own.hexdigest() != piece.sha256:
+                if own.hexdigest() != piece.blake3:
                     raise ConversionError(
                         f"tensor {entry.name} in {context.against.path(entry.file)}: reads back as "
                         "other bytes than were written; look at the disk, then run again",
@@ -122,7 +123,7 @@ def checks(part: PartDone, plan: Plan) -> dict[HashJob, str]:
     for name, piece in part.pieces.items():
         entry = plan.entries[name]
         offset = entry.offset + piece.start
-        jobs[HashJob(name, entry.file, offset, piece.length)] = piece.sha256
+        jobs[HashJob(name, entry.file, offset, piece.length)] = piece.blake3
     return jobs
 
 

@@ -163,7 +163,7 @@ class Staging:
             elif isinstance(entry, PartDone):
                 self.parts[entry.item, entry.first, entry.last] = entry
             elif isinstance(entry, SourceDone):
-                self.sources[entry.name] = entry.sha256
+                self.sources[entry.name] = entry.blake3
         return True
 
     def keep_only(self, names: set[str], begun: set[str], parts: Mapping[Key, PartDone]) -> None:
@@ -226,10 +226,10 @@ class Staging:
         """
         self._record(part, durable=False)
 
-    def finished_source(self, name: str, sha256: str) -> None:
+    def finished_source(self, name: str, digest: str) -> None:
         """Records the hash of a source file."""
-        self._record(SourceDone(name, sha256))
-        self.sources[name] = sha256
+        self._record(SourceDone(name, digest))
+        self.sources[name] = digest
 
     def commit(self, manifest_sha256: str) -> None:
         """Makes the complete checkpoint appear under OUT and removes the rest.

@@ -16,21 +16,23 @@ from ctconvert.specs import TensorSpec
 from ctconvert.store.base import Store
 from ctconvert.store.safetensors import TensorEntry, total_bytes
 from ctconvert.transforms.device import is_out_of_memory, resolve
-from ctconvert.transforms.dtypes import from_bytes, raw_bytes
+from ctconvert.transforms.dtypes import empty, from_bytes, raw_bytes
+from ctconvert.transforms.threads import stay_in_thread
 from ctconvert.work.jobs import Context, Done, Job, PartJob, TensorWriter, copy_tensors, written
 
 
 def read_tensor(store: Store, entry: TensorEntry) -> torch.Tensor:
     """One tensor of a store, on the CPU, in memory of its own."""
-    data = torch.empty(entry.nbytes, dtype=torch.uint8)
+    data = empty((entry.nbytes,), torch.uint8)
     if entry.nbytes:
         store.read_into(entry.file, entry.offset, data.numpy().data)
     return from_bytes(data, entry.spec)
 
 
 @contextmanager
-def _out_of_memory(name: str, device: str) -> Iterator[None]:
-    """One line for a host or a device without memory left."""
+def _transforming(name: str, device: str) -> Iterator[None]:
+    """One line for a host or a device without memory left; one thread for a worker."""
+    stay_in_thread()
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -61,7 +63,7 @@ class ConvertJob(PartJob):
         for entry in item.outputs:
             one = entry.nbytes // len(item.units)
             writers[entry.name] = TensorWriter(context, entry, units.start * one, len(units) * one)
-        with _out_of_memory(item.name, context.device):
+        with _transforming(item.name, context.device):
             power = context.once(item.name, partial(_common_power, context, item))
             for unit in units:
                 context.check_running()
@@ -87,7 +89,7 @@ class RestoreJob(PartJob):
         read = partial(read_tensor, context.source)
         outputs = {entry.name: entry for entry in item.outputs}
         writers: dict[str, TensorWriter] = {}
-        with _out_of_memory(item.name, context.device):
+        with _transforming(item.name, context.device):
             for unit in self.units:
                 context.check_running()
                 with context.budget.hold(item_bytes(item)):
@@ -157,7 +159,7 @@ class CompareSourcesJob(Job):
         share = total_bytes(whole) // count
         reads = [partial(read_tensor, store) for store in (context.source, context.against)]
         device = resolve(context.device)
-        with _out_of_memory(self.name, context.device):
+        with _transforming(self.name, context.device):
             for expert in [None] if self.made.experts is None else range(count):
                 context.check_running()
                 with context.budget.hold(2 * (self.made.nbytes // count + dense)):
@@ -183,7 +185,7 @@ class CompareJob(PartJob):
     def run(self, context: Context) -> Done:
         assert context.against is not None
         made, original = (partial(read_tensor, s) for s in (context.source, context.against))
-        with _out_of_memory(self.item.name, context.device):
+        with _transforming(self.item.name, context.device):
             for unit in self.units:
                 context.check_running()
                 with context.budget.hold(comparison_bytes(self.item)):

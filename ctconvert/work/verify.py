@@ -40,6 +40,7 @@ def verify_output(output: Output, executor: Executor, progress: Progress) -> Ver
             record.sha256,
             store.path(record.name),
             counted=False,
+            algorithm="sha256",
         )
         for record in output.whole_files()
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from support.builders import config_of, group_config, quantised, weight_args, write_checkpoint
 from support.hub import Hub, hub_environment
 
@@ -190,7 +190,7 @@ def test_repack_records_id_and_commit(live: dict[str, Outcome], home: Path, fold
     assert (manifest.plan.source.id, manifest.plan.source.revision) == ("org/name", V2_COMMIT)
     for file in manifest.sources:
         data = (folder / file.name).read_bytes()
-        assert file.size == len(data) and file.sha256 == hashlib.sha256(data).hexdigest()
+        assert file.size == len(data) and file.blake3 == blake3(data).hexdigest()
     assert live["verify"].made["against"]["modules"] == 2
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from blake3 import blake3
 from msgspec.structs import replace
 
 from ctconvert.records import Manifest
@@ -23,7 +23,7 @@ def flip_bit(out: Path, tensor: str, byte: int, bit: int) -> Iterator[None]:
     sound, sound_manifest = file.read_bytes(), (out / MANIFEST).read_bytes()
     data = bytearray(sound)
     data[entry.offset + byte] ^= 1 << bit
-    digest = hashlib.sha256(data[entry.offset : entry.end]).hexdigest()
+    digest = blake3(data[entry.offset : entry.end]).hexdigest()
     changed = replace(manifest, tensors=manifest.tensors | {tensor: digest})
     try:
         file.write_bytes(data)

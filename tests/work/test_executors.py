@@ -6,11 +6,13 @@ import pickle
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from support.executors import Inline, Processes
 from support.models import plan_of, repack, restore, tree, write_model
 from support.stores import MemorySink, MemoryStore, files_of
@@ -22,6 +24,7 @@ from ctconvert.progress import Silent
 from ctconvert.store.checkpoint import Checkpoint
 from ctconvert.store.local import LocalStore
 from ctconvert.store.writer import LocalSink
+from ctconvert.transforms.threads import stay_in_thread
 from ctconvert.work.budget import CancelledError
 from ctconvert.work.executors import Executor, Threads
 from ctconvert.work.jobs import Context, Done, HashJob, Job
@@ -208,3 +211,31 @@ def test_one_source_and_one_set_of_options_give_one_output(tmp_path: Path, whole
     model = write_model(tmp_path / "elsewhere" / "model")
     repack(model, tmp_path / "another name", executor=Threads(3))
     assert tree(tmp_path / "another name") == whole
+
+
+@dataclass(frozen=True)
+class Counting(Job):
+    """Says how many threads torch has, once it stays in its own."""
+
+    name: str = "counting"
+
+    def run(self, context: Context) -> Done:
+        before = torch.get_num_threads()
+        stay_in_thread()
+        return Done(self, {"before": str(before), "after": str(torch.get_num_threads())})
+
+
+def test_workers_have_one_thread_each_and_leave_the_others_theirs() -> None:
+    own = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        stay_in_thread()  # the main thread has its own
+        assert torch.get_num_threads() == 3
+        jobs = [Counting() for _ in range(4)]
+        made = list(Threads(2).run(jobs, Context(MemoryStore({}))))
+        assert {done.hashes["after"] for done in made} == {"1"}
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(own)

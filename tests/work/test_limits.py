@@ -35,6 +35,7 @@ from support.stores import Plain, WatchedStore
 
 from ctconvert import api
 from ctconvert.errors import ConversionError, UsageError, VerificationError
+from ctconvert.memory import POOL
 from ctconvert.output import Output
 from ctconvert.planning.memory import budget, comparison_bytes, item_bytes
 from ctconvert.store.base import CHUNK
@@ -369,6 +370,7 @@ def peak_of(action: Callable[[], object], warm: Callable[[], object]) -> int:
             torch.set_num_threads(1)
             ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, MIB)  # else it grows with what came before
             warm()
+            POOL.clear()
             ctypes.CDLL(None).malloc_trim(0)  # what is free, but was not given back, hides growth
             Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
             before = _memory("VmRSS")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from blake3 import blake3
 from vllm.model_executor import utils
 
 from ctconvert.errors import VerificationError
@@ -21,7 +21,7 @@ _LETTERS = {"q": 0, "k": 1, "v": 2}
 class Arrivals:
     """The tensors that a layer must get, and those that came.
 
-    ``hashes`` are SHA-256 by full name, of those whose bytes are compared.
+    ``hashes`` are BLAKE3 by full name, of those whose bytes are compared.
     """
 
     def __init__(self, expected: Mapping[Key, TensorEntry], hashes: Mapping[str, str]) -> None:
@@ -47,7 +47,7 @@ class Arrivals:
             )
         if (wanted := self.hashes.get(entry.name)) is not None:
             data = raw_bytes(tensor.cpu().contiguous())
-            if hashlib.sha256(data).hexdigest() != wanted:
+            if blake3(data).hexdigest() != wanted:
                 raise VerificationError(
                     f"tensor {entry.name}: damaged: its hash is not the manifest's"
                 )

@@ -33,7 +33,7 @@ class Served:
         self.model, self.revision = model, revision
         manifest = _manifest(model, revision)
         self.plan = manifest.plan
-        #: SHA-256 of the tensors, where they are to be compared as they come.
+        #: BLAKE3 hashes of the tensors, where they are to be compared as they come.
         self.hashes = manifest.tensors if os.environ.get(VERIFY) == "1" else {}
         if self.plan.kind != "converted":
             raise UsageError(f"{model}: a restored checkpoint, which vLLM loads without ctconvert")

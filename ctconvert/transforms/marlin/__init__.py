@@ -34,7 +34,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ctconvert.transforms import dispatch
+from ctconvert.transforms import compiled, dispatch
 from ctconvert.transforms.marlin import cpu
 from ctconvert.transforms.packed import pack, unpack
 from ctconvert.transforms.shapes import codes_per_word, marlin_padded_shape
@@ -81,7 +81,8 @@ def marlin_pack(words: torch.Tensor, bits: int) -> torch.Tensor:
         from ctconvert.transforms.marlin.triton import marlin_pack_triton
 
         return marlin_pack_triton(units, bits)
-    return cpu.pack_tiles(units, bits)
+    made = compiled.pack_tiles(units, bits)
+    return cpu.pack_tiles(units, bits) if made is None else made
 
 
 def marlin_unpack(tiles: torch.Tensor, bits: int, n: int, k: int) -> torch.Tensor:
@@ -103,7 +104,9 @@ def marlin_unpack(tiles: torch.Tensor, bits: int, n: int, k: int) -> torch.Tenso
         from ctconvert.transforms.marlin.triton import marlin_unpack_triton
 
         return marlin_unpack_triton(tiles.contiguous(), bits, n, k)
-    return cpu.unpack_tiles(as_words(tiles, torch.int64), bits, n, k)
+    units = as_words(tiles, torch.int64)
+    made = compiled.unpack_tiles(units, bits, n, k)
+    return cpu.unpack_tiles(units, bits, n, k) if made is None else made
 
 
 # ----------------------------------------------------------------------------------- scales

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ctconvert.transforms.dtypes import empty
 from ctconvert.transforms.packed import pack, unpack
 from ctconvert.transforms.shapes import round_up
 from ctconvert.transforms.threads import GRAIN, slices, spread
@@ -23,7 +24,7 @@ _SORT_CODES = 1 << 18
 def pack_tiles(units: torch.Tensor, bits: int) -> torch.Tensor:
     """Words as i64 [N, K*b/64] to tiles i32 [K/16, N*b/2], K % 16 == N % 64 == 0."""
     n, k = units.shape[0], units.shape[1] * 64 // bits
-    tiles = torch.empty((k // 16, n * bits // 2), dtype=torch.int32, device=units.device)
+    tiles = empty((k // 16, n * bits // 2), torch.int32, units.device)
     target = tiles.view(torch.int64)
 
     def run(block: _Block, rows: slice, columns: slice, tile_rows: slice, places: slice) -> None:
@@ -35,7 +36,7 @@ def pack_tiles(units: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_tiles(units: torch.Tensor, bits: int, n: int, k: int) -> torch.Tensor:
     """The inverse: tiles as i64 [K/16, N*b/4] to words i32 [N, K*b/32]."""
-    words = torch.empty((n, k * bits // 32), dtype=torch.int32, device=units.device)
+    words = empty((n, k * bits // 32), torch.int32, units.device)
     target = words.view(torch.int64)
 
     def run(block: _Block, rows: slice, columns: slice, tile_rows: slice, places: slice) -> None:
@@ -48,7 +49,7 @@ def unpack_tiles(units: torch.Tensor, bits: int, n: int, k: int) -> torch.Tensor
 def take_columns(words: torch.Tensor, perm: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes of column ``perm[j]`` at column j: words i32 [N, K/f], perm i32 [K]."""
     n, k = words.shape[0], perm.shape[0]
-    out = torch.empty_like(words, memory_format=torch.contiguous_format)
+    out = empty(words.shape, words.dtype, words.device)
     columns = perm.to(torch.int64)
 
     def work(share: Sequence[slice]) -> None:

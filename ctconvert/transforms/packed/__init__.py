@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import torch
 
-from ctconvert.transforms import dispatch
+from ctconvert.transforms import compiled, dispatch
 from ctconvert.transforms.packed import cpu
 from ctconvert.transforms.shapes import WORD_BITS, codes_per_word, row_words
 
@@ -112,7 +112,8 @@ def transpose_packed(
         from ctconvert.transforms.packed.triton import transpose_packed_triton
 
         return transpose_packed_triton(words, bits, c)
-    return cpu.transpose(words, bits, c)
+    made = compiled.transpose(words, bits, c)
+    return cpu.transpose(words, bits, c) if made is None else made
 
 
 def _pack(values: torch.Tensor, bits: int, packing: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
+from ctconvert.transforms.dtypes import empty
 from ctconvert.transforms.shapes import codes_per_word, row_words
 from ctconvert.transforms.threads import GRAIN, slices, spread
 from ctconvert.transforms.words import as_words, exchange, signed
@@ -79,7 +80,7 @@ def pack_plain(codes: torch.Tensor, bits: int, packing: str) -> torch.Tensor:
     """u8 codes [N, K] of any width to i32 [N, words]; ValueError where out of range."""
     n, k = codes.shape
     words = row_words(k, bits, packing)
-    out = torch.empty((n, words), dtype=torch.int32, device=codes.device)
+    out = empty((n, words), torch.int32, codes.device)
     if out.numel() == 0:
         return out
     period = _period(bits, packing)
@@ -117,7 +118,7 @@ def pack_plain(codes: torch.Tensor, bits: int, packing: str) -> torch.Tensor:
 def unpack_plain(words: torch.Tensor, bits: int, k: int, packing: str) -> torch.Tensor:
     """The inverse of :func:`pack_plain`: i32 [N, words] to u8 codes [N, k]."""
     n = words.shape[0]
-    out = torch.empty((n, k), dtype=torch.uint8, device=words.device)
+    out = empty((n, k), torch.uint8, words.device)
     if out.numel() == 0:
         return out
     period = _period(bits, packing)
@@ -172,7 +173,7 @@ def pack_bytes(values: torch.Tensor, bits: int) -> torch.Tensor:
     """i8 (signed) or u8 (codes) [N, K] to i32 [N, ceil(K/f)]; ValueError where out of range."""
     n, k = values.shape
     words = row_words(k, bits)
-    out = torch.empty((n, words), dtype=torch.int32, device=values.device)
+    out = empty((n, words), torch.int32, values.device)
     if out.numel() == 0:
         return out
     low = _lowest(values.dtype, bits)
@@ -226,7 +227,7 @@ def pack_bytes(values: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_bytes(words: torch.Tensor, bits: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     """The inverse of :func:`pack_bytes`: i32 [N, ceil(k/f)] to i8 or u8 [N, k]."""
     n = words.shape[0]
-    out = torch.empty((n, k), dtype=dtype, device=words.device)
+    out = empty((n, k), dtype, words.device)
     if out.numel() == 0:
         return out
     offset = -_lowest(dtype, bits)
@@ -310,7 +311,7 @@ def transpose(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """i32 [R, W], ``columns`` codes a row, to i32 [columns, ceil(R/f)]; missing rows are zeros."""
     f, group = codes_per_word(bits), 16 // bits
     r, w = words.shape
-    out = torch.empty((columns, -(-r // f)), dtype=torch.int32, device=words.device)
+    out = empty((columns, -(-r // f)), torch.int32, words.device)
     if out.numel() == 0:
         return out
     whole_r, whole_w = r - r % f, columns // f

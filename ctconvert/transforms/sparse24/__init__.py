@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ctconvert.transforms import dispatch
 from ctconvert.transforms.shapes import sm90_meta_shape
-from ctconvert.transforms.sparse24 import cpu
+from ctconvert.transforms.sparse24 import compiled, cpu
 
 __all__ = [
     "bitmask_compress",
@@ -75,7 +75,8 @@ def bitmask_decompress(compressed: Tensor, bitmask: Tensor, k: int) -> Tensor:
         from ctconvert.transforms.sparse24.triton import bitmask_decompress_triton
 
         return bitmask_decompress_triton(compressed, bitmask, k)
-    return cpu.bitmask_decompress(compressed, bitmask, k)
+    made = compiled.bitmask_decompress(compressed, bitmask, k)
+    return cpu.bitmask_decompress(compressed, bitmask, k) if made is None else made
 
 
 def bitmask_compress(dense: Tensor, bitmask: Tensor) -> Tensor:
@@ -152,7 +153,8 @@ def sm90_compress(dense: Tensor) -> tuple[Tensor, Tensor]:
         from ctconvert.transforms.sparse24.triton import sm90_compress_triton
 
         return sm90_compress_triton(dense)
-    return cpu.sm90_compress(dense)
+    made = compiled.sm90_compress(dense)
+    return cpu.sm90_compress(dense) if made is None else made
 
 
 def sm90_decompress(values: Tensor, meta: Tensor, n: int, k: int) -> Tensor:
@@ -179,7 +181,8 @@ def sm90_decompress(values: Tensor, meta: Tensor, n: int, k: int) -> Tensor:
         from ctconvert.transforms.sparse24.triton import sm90_decompress_triton
 
         return sm90_decompress_triton(values, meta, n, k)
-    return cpu.sm90_decompress(values, meta, n, k)
+    made = compiled.sm90_decompress(values, meta, n, k)
+    return cpu.sm90_decompress(values, meta, n, k) if made is None else made
 
 
 def _check_columns(k: int) -> None:

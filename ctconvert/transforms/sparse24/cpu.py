@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ctconvert.transforms.dtypes import empty
 from ctconvert.transforms.shapes import sm90_meta_shape
 from ctconvert.transforms.sparse24 import tables
 from ctconvert.transforms.sparse24.errors import (
@@ -32,7 +33,7 @@ from ctconvert.transforms.words import as_words
 def bitmask_decompress(compressed: Tensor, bitmask: Tensor, k: int) -> Tensor:
     bitmask = bitmask.contiguous()
     size, n = compressed.element_size(), compressed.shape[0]
-    dense = torch.empty((n, k), dtype=compressed.dtype)
+    dense = empty((n, k), compressed.dtype)
     groups = dense.view(GROUP_DTYPE[size])
     pairs = as_words(compressed, PAIR_DTYPE[size])
     first, second = tables.mask_shifts(size)
@@ -53,7 +54,7 @@ def bitmask_compress(dense: Tensor, bitmask: Tensor) -> Tensor:
     bitmask = bitmask.contiguous()
     size = dense.element_size()
     n, k = dense.shape
-    compressed = torch.empty((n, k // 2), dtype=dense.dtype)
+    compressed = empty((n, k // 2), dense.dtype)
     pairs = compressed.view(PAIR_DTYPE[size])
     groups = as_words(dense, GROUP_DTYPE[size])
     factors = tables.mask_factors(size)
@@ -78,7 +79,7 @@ def bitmask_compress(dense: Tensor, bitmask: Tensor) -> Tensor:
 def bitmask_of(dense: Tensor) -> Tensor:
     size = dense.element_size()
     n, k = dense.shape
-    bitmask = torch.empty((n, -(-k // 8)), dtype=torch.uint8)
+    bitmask = empty((n, -(-k // 8)), torch.uint8)
     groups = as_words(dense, GROUP_DTYPE[size])
 
     def block(rows: slice) -> None:
@@ -98,7 +99,7 @@ def bitmask_of(dense: Tensor) -> Tensor:
 def sm90_compress(dense: Tensor) -> tuple[Tensor, Tensor]:
     size = dense.element_size()
     n, k = dense.shape
-    values = torch.empty((n, k // 2), dtype=dense.dtype)
+    values = empty((n, k // 2), dense.dtype)
     pairs = values.view(PAIR_DTYPE[size])
     meta = torch.zeros(sm90_meta_shape(n, k), dtype=torch.uint8)
     groups = as_words(dense, GROUP_DTYPE[size])
@@ -118,17 +119,17 @@ def sm90_compress(dense: Tensor) -> tuple[Tensor, Tensor]:
         _gather(source.view(GROUP_DTYPE[size]), code.flatten(), factors, pairs[rows])
 
     _run_blocks(block, n, k, size)
-    return values, _to_kernel_order(meta, size)
+    return values, to_kernel_order(meta, size)
 
 
 def sm90_decompress(values: Tensor, meta: Tensor, n: int, k: int) -> Tensor:
     size = values.element_size()
-    dense = torch.empty((n, k), dtype=values.dtype)
+    dense = empty((n, k), values.dtype)
     groups = dense.view(GROUP_DTYPE[size])
     pairs = as_words(values, PAIR_DTYPE[size])
     nibbles = from_kernel_order(meta, size)
     first, second = tables.meta_shifts(size)
-    if not _padding_is_zero(nibbles, n, k):
+    if not padding_is_zero(nibbles, n, k):
         raise_meta_error(values, nibbles, n, k, 0)
 
     def block(rows: slice) -> None:
@@ -270,7 +271,7 @@ def _scatter(
 # --- the order of the metadata ----------------------------------------------------------------
 
 
-def _to_kernel_order(rows: Tensor, size: int) -> Tensor:
+def to_kernel_order(rows: Tensor, size: int) -> Tensor:
     """Row-major nibbles u8 [Np, Kp/8] -> the kernel's order, same shape."""
     if size == 1:
         # [N/64, 64, K/128, 16 bytes] -> [K/128, N/64, 64, 16 bytes]
@@ -294,7 +295,7 @@ def from_kernel_order(meta: Tensor, size: int) -> Tensor:
     return order.reshape(-1).view(torch.uint8).view(meta.shape)
 
 
-def _padding_is_zero(nibbles: Tensor, n: int, k: int) -> bool:
+def padding_is_zero(nibbles: Tensor, n: int, k: int) -> bool:
     whole = -(-k // 8)
     edge = nibbles[:n, k // 8 : whole] >> 4
     return not any(bool(part.any()) for part in (nibbles[n:], nibbles[:n, whole:], edge))

@@ -1,0 +1,105 @@
+"""The CPU transforms that torch's operations are slow at, compiled by Numba where it is installed.
+
+``pip install 'ctconvert[fast]'``. The bits are those of the torch paths, which are the reference,
+and which run where Numba is not there or too little is to be done.
+
+GB/s (in + out) of one busy core, best of five, compiled beside torch, N x K = 14336 x 4096; chosen
+over torch's operations, each of which goes through memory again: int4 K -> N 3.7 beside 1.7, int8
+K -> N 3.7 beside 1.4, int4 to Marlin's tiles 5.8 beside 2.0, back 5.7 beside 2.0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from ctconvert.transforms.dtypes import empty
+from ctconvert.transforms.threads import slices, spread
+
+#: Bytes that torch does first in a process: loading Numba and the kernels costs as much as is
+#: saved by then. A first compilation costs three times that, and is kept in Numba's cache.
+WORTH = 512 << 20
+
+
+class _Loops:
+    """The compiled loops, once enough was asked of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen = 0
+        self._found: ModuleType | None = None
+        self._looked = False
+
+    def after(self, count: int) -> ModuleType | None:
+        """The loops; None where torch shall do these ``count`` bytes."""
+        with self._lock:
+            self._seen += count
+            if self._seen >= WORTH and not self._looked:
+                self._looked = True
+                try:
+                    self._found = importlib.import_module("ctconvert.transforms.loops")
+                except (ImportError, RuntimeError):  # no Numba, or no place for what it compiles
+                    self._found = None
+            return self._found
+
+
+LOOPS = _Loops()
+
+
+def _loops(source: torch.Tensor) -> ModuleType | None:
+    """The loops where they take a tensor."""
+    if source.device.type != "cpu" or not source.is_contiguous() or source.data_ptr() % 8:
+        return None
+    return LOOPS.after(2 * source.nbytes)
+
+
+def transpose(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor | None:
+    """``packed.cpu.transpose``; None where the torch path shall do it."""
+    rows, width = words.shape
+    f = 32 // bits
+    if bits not in (4, 8) or rows % f or width % 2 or columns != width * f or not rows * width:
+        return None
+    if (loops := _loops(words)) is None:
+        return None
+    out = empty((columns, rows // f), torch.int32)
+    source, target = words.numpy().view("u8"), out.numpy().view("u4")
+    run = loops.transpose4 if bits == 4 else loops.transpose8
+
+    def work(share: Sequence[slice]) -> None:
+        run(source, target, share[0].start, share[-1].stop)
+
+    spread(work, slices(width // 2, 32), words.nbytes)
+    return out
+
+
+def pack_tiles(units: torch.Tensor, bits: int) -> torch.Tensor | None:
+    """``marlin.cpu.pack_tiles``; None where the torch path shall do it."""
+    if bits != 4 or (loops := _loops(units)) is None:
+        return None
+    n, width = units.shape
+    tiles = empty((width, 2 * n), torch.int32)
+    source, target = units.numpy().view("u8"), tiles.numpy().view("u8")
+
+    def work(share: Sequence[slice]) -> None:
+        loops.pack_tiles4(source, target, share[0].start, share[-1].stop)
+
+    spread(work, slices(n // 64, 1), units.nbytes)
+    return tiles
+
+
+def unpack_tiles(units: torch.Tensor, bits: int, n: int, k: int) -> torch.Tensor | None:
+    """``marlin.cpu.unpack_tiles``; None where the torch path shall do it."""
+    if bits != 4 or (loops := _loops(units)) is None:
+        return None
+    words = empty((n, k // 8), torch.int32)
+    source, target = units.numpy().view("u8"), words.numpy().view("u8")
+
+    def work(share: Sequence[slice]) -> None:
+        loops.unpack_tiles4(source, target, share[0].start, share[-1].stop)
+
+    spread(work, slices(n // 64, 1), units.nbytes)
+    return words

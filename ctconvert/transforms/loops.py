@@ -1,0 +1,251 @@
+"""Loops that Numba compiles, for :mod:`ctconvert.transforms.compiled`; nothing else imports this.
+
+Each takes C-contiguous arrays and the range of the work that it does, so that threads can share it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import config, njit
+
+if config.DISABLE_JIT:
+    raise ImportError("Numba is told not to compile")
+
+U = np.uint64
+
+
+@njit(inline="always")
+def _swap(low, high, shift, mask):
+    """The block-swap step of ``words.exchange``."""
+    swap = ((low >> shift) ^ high) & mask
+    return low ^ (swap << shift), high ^ swap
+
+
+@njit(nogil=True, cache=True)
+def transpose4(source, target, first, last):
+    """u64 [R, W/2], R % 8 == 0, to u32 [8*W, R/8]: int4 codes, columns ``first`` to ``last``.
+
+    Blocks of 128 rows by 64 words: eight rows are transposed as 8 x 8 codes in every word, words
+    side by side, into a block in the L1 cache, of which the words are transposed then.
+    """
+    groups = source.shape[0] // 8
+    block = np.empty((128, 32), np.uint64)
+    words = block.view(np.uint32)
+    for begin in range(first, last, 32):
+        count = min(32, last - begin)
+        for start in range(0, groups, 16):
+            height = min(16, groups - start)
+            for group in range(height):
+                row = (start + group) * 8
+                for w in range(count):
+                    a = source[row, begin + w]
+                    b = source[row + 1, begin + w]
+                    c = source[row + 2, begin + w]
+                    d = source[row + 3, begin + w]
+                    e = source[row + 4, begin + w]
+                    f = source[row + 5, begin + w]
+                    g = source[row + 6, begin + w]
+                    h = source[row + 7, begin + w]
+                    a, e = _swap(a, e, U(16), U(0x0000FFFF0000FFFF))
+                    b, f = _swap(b, f, U(16), U(0x0000FFFF0000FFFF))
+                    c, g = _swap(c, g, U(16), U(0x0000FFFF0000FFFF))
+                    d, h = _swap(d, h, U(16), U(0x0000FFFF0000FFFF))
+                    a, c = _swap(a, c, U(8), U(0x00FF00FF00FF00FF))
+                    b, d = _swap(b, d, U(8), U(0x00FF00FF00FF00FF))
+                    e, g = _swap(e, g, U(8), U(0x00FF00FF00FF00FF))
+                    f, h = _swap(f, h, U(8), U(0x00FF00FF00FF00FF))
+                    a, b = _swap(a, b, U(4), U(0x0F0F0F0F0F0F0F0F))
+                    c, d = _swap(c, d, U(4), U(0x0F0F0F0F0F0F0F0F))
+                    e, f = _swap(e, f, U(4), U(0x0F0F0F0F0F0F0F0F))
+                    g, h = _swap(g, h, U(4), U(0x0F0F0F0F0F0F0F0F))
+                    line = group * 8
+                    block[line, w] = a
+                    block[line + 1, w] = b
+                    block[line + 2, w] = c
+                    block[line + 3, w] = d
+                    block[line + 4, w] = e
+                    block[line + 5, w] = f
+                    block[line + 6, w] = g
+                    block[line + 7, w] = h
+            for w in range(2 * count):
+                for code in range(8):
+                    row = (2 * begin + w) * 8 + code
+                    if height == 16:
+                        for group in range(16):
+                            target[row, start + group] = words[group * 8 + code, w]
+                    else:
+                        for group in range(height):
+                            target[row, start + group] = words[group * 8 + code, w]
+
+
+@njit(nogil=True, cache=True)
+def transpose8(source, target, first, last):
+    """u64 [R, W/2], R % 4 == 0, to u32 [4*W, R/4]: as :func:`transpose4`, of 8-bit codes."""
+    groups = source.shape[0] // 4
+    block = np.empty((64, 32), np.uint64)
+    words = block.view(np.uint32)
+    for begin in range(first, last, 32):
+        count = min(32, last - begin)
+        for start in range(0, groups, 16):
+            height = min(16, groups - start)
+            for group in range(height):
+                row = (start + group) * 4
+                for w in range(count):
+                    a = source[row, begin + w]
+                    b = source[row + 1, begin + w]
+                    c = source[row + 2, begin + w]
+                    d = source[row + 3, begin + w]
+                    a, c = _swap(a, c, U(16), U(0x0000FFFF0000FFFF))
+                    b, d = _swap(b, d, U(16), U(0x0000FFFF0000FFFF))
+                    a, b = _swap(a, b, U(8), U(0x00FF00FF00FF00FF))
+                    c, d = _swap(c, d, U(8), U(0x00FF00FF00FF00FF))
+                    line = group * 4
+                    block[line, w] = a
+                    block[line + 1, w] = b
+                    block[line + 2, w] = c
+                    block[line + 3, w] = d
+            for w in range(2 * count):
+                for code in range(4):
+                    row = (2 * begin + w) * 4 + code
+                    if height == 16:
+                        for group in range(16):
+                            target[row, start + group] = words[group * 4 + code, w]
+                    else:
+                        for group in range(height):
+                            target[row, start + group] = words[group * 4 + code, w]
+
+
+# ``marlin.cpu._Block`` describes the steps; a unit of a run is a, k2, k1, j1 with 4 bits.
+
+
+@njit(nogil=True, cache=True)
+def pack_tiles4(units, tiles, first, last):
+    """u64 [N, K/16] to u64 [K/16, N]: runs of 64 rows, ``first`` to ``last``."""
+    count = units.shape[1]
+    block = np.empty((64, 32), np.uint64)
+    for run in range(first, last):
+        for begin in range(0, count, 32):
+            width = min(32, count - begin)
+            for j in range(2):
+                for a in range(8):
+                    row = run * 64 + j * 32 + a
+                    place = a * 8 + j
+                    for t in range(width):
+                        p = units[row, begin + t]
+                        q = units[row + 8, begin + t]
+                        r = units[row + 16, begin + t]
+                        s = units[row + 24, begin + t]
+                        p, r = _swap(p, r, U(32), U(0x00000000FFFFFFFF))
+                        p, r = _swap(p, r, U(4), U(0x0F0F0F0F0F0F0F0F))
+                        p, r = _swap(p, r, U(16), U(0x0000FFFF0000FFFF))
+                        q, s = _swap(q, s, U(32), U(0x00000000FFFFFFFF))
+                        q, s = _swap(q, s, U(4), U(0x0F0F0F0F0F0F0F0F))
+                        q, s = _swap(q, s, U(16), U(0x0000FFFF0000FFFF))
+                        p, q = _swap(p, q, U(8), U(0x00FF00FF00FF00FF))
+                        r, s = _swap(r, s, U(8), U(0x00FF00FF00FF00FF))
+                        block[place, t] = p
+                        block[place + 2, t] = q
+                        block[place + 4, t] = r
+                        block[place + 6, t] = s
+            for t in range(width):
+                for unit in range(64):
+                    tiles[begin + t, run * 64 + unit] = block[unit, t]
+
+
+@njit(nogil=True, cache=True)
+def unpack_tiles4(tiles, units, first, last):
+    """The inverse of :func:`pack_tiles4`."""
+    count = units.shape[1]
+    block = np.empty((64, 32), np.uint64)
+    for run in range(first, last):
+        for begin in range(0, count, 32):
+            width = min(32, count - begin)
+            for t in range(width):
+                for unit in range(64):
+                    block[unit, t] = tiles[begin + t, run * 64 + unit]
+            for j in range(2):
+                for a in range(8):
+                    row = run * 64 + j * 32 + a
+                    place = a * 8 + j
+                    for t in range(width):
+                        p = block[place, t]
+                        q = block[place + 2, t]
+                        r = block[place + 4, t]
+                        s = block[place + 6, t]
+                        p, q = _swap(p, q, U(8), U(0x00FF00FF00FF00FF))
+                        r, s = _swap(r, s, U(8), U(0x00FF00FF00FF00FF))
+                        p, r = _swap(p, r, U(16), U(0x0000FFFF0000FFFF))
+                        p, r = _swap(p, r, U(4), U(0x0F0F0F0F0F0F0F0F))
+                        p, r = _swap(p, r, U(32), U(0x00000000FFFFFFFF))
+                        q, s = _swap(q, s, U(16), U(0x0000FFFF0000FFFF))
+                        q, s = _swap(q, s, U(4), U(0x0F0F0F0F0F0F0F0F))
+                        q, s = _swap(q, s, U(32), U(0x00000000FFFFFFFF))
+                        units[row, begin + t] = p
+                        units[row + 8, begin + t] = q
+                        units[row + 16, begin + t] = r
+                        units[row + 24, begin + t] = s
+
+
+# 2:4 sparse weights: a group of four elements is a word of u64 (16-bit elements) or u32 (8-bit),
+# its two kept values, lower column first, half a word.
+
+
+@njit(nogil=True, cache=True)
+def scatter(pairs, nibbles, shifts, bits, groups, first, last):
+    """Groups [N, K/4] of pairs [N, K/4] and nibbles u8 [N, >= K/8], rows ``first`` to ``last``.
+
+    ``shifts`` u64 [16, 3] has for each nibble where the two values go in the word, and 1 where they
+    are none and must be 0, 2 where the nibble is wrong. False where one is wrong.
+    """
+    low = (U(1) << bits) - U(1)
+    wrong = U(0)
+    for row in range(first, last):
+        for g in range(groups.shape[1]):
+            nibble = (nibbles[row, g >> 1] >> ((g & 1) * 4)) & 15
+            pair = U(pairs[row, g])
+            state = shifts[nibble, 2]
+            wrong |= (state & U(2)) | ((U(0) - (state & U(1))) & pair)
+            word = ((pair & low) << shifts[nibble, 0]) | ((pair >> bits) << shifts[nibble, 1])
+            groups[row, g] = word
+    return wrong == U(0)
+
+
+@njit(inline="always")
+def _gathered(word, table, bits, low, signs, factor, shift):
+    """The kept values of a group, and its nibble."""
+    top = (((word & low) + low) | (word & signs)) & ~low
+    word &= top | low
+    pattern = ((top * factor) >> shift) & U(15)
+    mask = (U(1) << bits) - U(1)
+    first = (word >> table[pattern, 0]) & mask
+    second = (word >> table[pattern, 1]) & mask
+    return first | (second << bits), table[pattern, 2]
+
+
+@njit(nogil=True, cache=True)
+def gather(groups, table, bits, low, signs, factor, pairs, nibbles, first, last):
+    """The inverse, by what is not 0: pairs [N, K/4] and nibbles u8 [N, >= K/8] of groups [N, K/4].
+
+    ``table`` u64 [16, 3] has for each pattern of nonzeros the shifts of the two kept values and the
+    nibble, 16 where there are more than two. ``low`` are all bits of the elements but the highest;
+    ``signs`` those that alone make an element nonzero, else it becomes 0; ``factor`` brings the
+    highest bits together. False where a group has more than two nonzeros.
+    """
+    shift = U(4) * bits - U(4)
+    wrong = U(0)
+    count = groups.shape[1]
+    for row in range(first, last):
+        source, target, codes = groups[row], pairs[row], nibbles[row]
+        for c in range(count >> 1):
+            pair, low_nibble = _gathered(U(source[2 * c]), table, bits, low, signs, factor, shift)
+            target[2 * c] = pair
+            pair, nibble = _gathered(U(source[2 * c + 1]), table, bits, low, signs, factor, shift)
+            target[2 * c + 1] = pair
+            wrong |= low_nibble | nibble
+            codes[c] = (low_nibble & U(15)) | ((nibble & U(15)) << U(4))
+        if count & 1:
+            pair, nibble = _gathered(U(source[count - 1]), table, bits, low, signs, factor, shift)
+            target[count - 1] = pair
+            wrong |= nibble
+            codes[count >> 1] = nibble & U(15)
+    return (wrong & U(16)) == U(0)

@@ -1,0 +1,302 @@
+"""Whole repack processes beside a copy of the same files.
+
+``python tests/bench/whole_run.py FOLDER [--gb 2] [--cases w4a16-triton,...] [--rounds 3]
+[--device cpu]`` makes checkpoints of Llama-8B's shapes in FOLDER (and finds them there the next
+time), converts each once and checks the result, then takes turns: ``cp -r MODEL COPY && sync``,
+``repack --no-verify``, ``repack``, a process each, the source in the page cache and the output's
+place empty. It prints medians, and for CPU seconds (user and system) and page faults the least,
+which other work on the machine disturbs less. Peak memory is the process's largest resident set,
+shared libraries included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from bench_experts import tiles
+from bench_marlin import permutation
+from printing import print_table
+from safetensors import safe_open
+
+#: N and K of a decoder layer of Llama-8B.
+SHAPES = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}
+GROUP = 128
+CHECKED = "model.layers.0.self_attn.k_proj"
+#: FP8 weights, and activations that are quantised per token.
+_FLOATS = {"strategy": "channel", "type": "float", "num_bits": 8, "symmetric": True}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of checkpoint: its quantization_config, a module's tensors, and those after."""
+
+    config: dict[str, object]
+    make: Callable[[int, int, torch.Generator], dict[str, torch.Tensor]]
+
+
+def _w4a16(n: int, k: int, made: torch.Generator) -> dict[str, torch.Tensor]:
+    codes = torch.randint(-(1 << 31), 1 << 31, (n, k // 8), generator=made, dtype=torch.int32)
+    scale = (torch.rand((n, k // GROUP), generator=made) + 0.5).bfloat16()
+    return {"weight_packed": codes, "weight_scale": scale, "weight_shape": torch.tensor([n, k])}
+
+
+def _fp8(n: int, k: int, made: torch.Generator) -> dict[str, torch.Tensor]:
+    codes = torch.randint(0, 0x78, (n, k), generator=made, dtype=torch.uint8)
+    scale = (torch.rand((n, 1), generator=made) + 0.5).bfloat16()
+    return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+
+
+def _sparse(n: int, k: int, made: torch.Generator) -> dict[str, torch.Tensor]:
+    kept = torch.tensor([3, 5, 9, 6, 10, 12], dtype=torch.uint8)  # two of four columns
+    pick = torch.randint(0, 6, (2, n, k // 8), generator=made)
+    values = torch.randint(1, 0x7F00, (n, k // 2), generator=made, dtype=torch.int16)
+    return {
+        "compressed": values.view(torch.bfloat16),
+        "bitmask": kept[pick[0]] | kept[pick[1]] << 4,
+        "shape": torch.tensor([[n], [k]]),
+    }
+
+
+_W4A16 = {"type": "int", "num_bits": 4, "symmetric": True, "strategy": "group", "group_size": GROUP}
+KINDS = {
+    "w4a16": Kind(
+        {
+            "format": "pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": _W4A16}},
+        },
+        _w4a16,
+    ),
+    "fp8": Kind(
+        {
+            "format": "float-quantized",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": _FLOATS,
+                    "input_activations": {**_FLOATS, "strategy": "token", "dynamic": True},
+                }
+            },
+        },
+        _fp8,
+    ),
+    "sparse24": Kind(
+        {
+            "format": "dense",
+            "config_groups": {},
+            "sparsity_config": {
+                "format": "sparse-24-bitmask",
+                "sparsity_structure": "2:4",
+                "targets": ["Linear"],
+                "ignore": [],
+                "global_sparsity": 0.5,
+                "registry_requires_subclass": False,
+            },
+        },
+        _sparse,
+    ),
+}
+DTYPES = {
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+
+
+def module_tensors(kind: str, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a decoder layer, one module at a time in memory."""
+    made = torch.Generator().manual_seed(layer)
+    for name, (n, k) in SHAPES.items():
+        for local, tensor in KINDS[kind].make(n, k, made).items():
+            yield f"model.layers.{layer}.{name}.{local}", tensor
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        norm = torch.rand(4096, generator=made).bfloat16()
+        yield f"model.layers.{layer}.{name}.weight", norm
+
+
+def write(folder: Path, kind: str, size: int) -> None:
+    """A checkpoint of ``size`` bytes or a little more, in one file; nothing where it is there."""
+    if (folder / "config.json").exists():
+        return
+    one = list(module_tensors(kind, 0))
+    layers = -(-size // sum(tensor.nbytes for _, tensor in one))
+    header, position = {}, 0
+    for layer in range(layers):
+        for name, tensor in one:
+            header[name.replace(".layers.0.", f".layers.{layer}.")] = {
+                "dtype": DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [position, position + tensor.nbytes],
+            }
+            position += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for layer in range(layers):
+            for _, tensor in module_tensors(kind, layer):
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+    quantization = {"quant_method": "compressed-tensors", **KINDS[kind].config}
+    text_of_it = json.dumps(config | {"quantization_config": quantization}, indent=1)
+    (folder / "config.json").write_text(text_of_it)
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    target: str
+    check: Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], bool]
+
+
+def _nibbles(words: torch.Tensor) -> torch.Tensor:
+    return ((words[:, :, None] >> torch.arange(0, 32, 4)) & 15).flatten(1)
+
+
+def _is_n_packed(source: dict[str, torch.Tensor], made: dict[str, torch.Tensor]) -> bool:
+    codes = _nibbles(source["weight_packed"])
+    return torch.equal(_nibbles(made["qweight"]), codes.t()) and torch.equal(
+        made["scales"], source["weight_scale"].t()
+    )
+
+
+def _is_tiled(source: dict[str, torch.Tensor], made: dict[str, torch.Tensor]) -> bool:
+    return torch.equal(
+        made["qweight"], tiles(source["weight_packed"], torch.tensor(permutation(4)))
+    )
+
+
+def _is_same(source: dict[str, torch.Tensor], made: dict[str, torch.Tensor]) -> bool:
+    left, right = (side["weight"].view(torch.uint8) for side in (source, made))
+    return torch.equal(left, right)
+
+
+def _keeps_values(source: dict[str, torch.Tensor], made: dict[str, torch.Tensor]) -> bool:
+    return torch.equal(made["weight"], source["compressed"])  # none of them is a zero
+
+
+CASES = {
+    "w4a16-triton": Case("w4a16", "triton", _is_n_packed),
+    "w4a16-cuda": Case("w4a16", "cuda", _is_tiled),
+    "fp8-triton": Case("fp8", "triton", _is_same),
+    "sparse24-cuda": Case("sparse24", "cuda", _keeps_values),
+}
+
+
+def of_module(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one module of a checkpoint, by local name."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for full in file.keys():  # noqa: SIM118 (no mapping)
+                if full.startswith(name + "."):
+                    found[full[len(name) + 1 :]] = file.get_tensor(full)
+    return found
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a process took; memory in bytes."""
+
+    seconds: float
+    used: float
+    faults: int
+    peak: int
+
+
+def cost(command: list[str]) -> Cost:
+    """Runs a command that must succeed."""
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, used = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begun
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}: {said.decode()}")
+    return Cost(seconds, used.ru_utime + used.ru_stime, used.ru_minflt, used.ru_maxrss << 10)
+
+
+def _row(case: str, what: str, found: list[Cost], copied: float) -> dict[str, object]:
+    seconds = statistics.median(one.seconds for one in found)
+    return {
+        "case": case,
+        "run": what,
+        "s": f"{seconds:.2f}",
+        "of a copy's": f"{seconds / copied:.2f}",
+        "CPU s": f"{min(one.used for one in found):.2f}",
+        "faults, 1000": min(one.faults for one in found) // 1000,
+        "peak, MB": max(one.peak for one in found) // 10**6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gb", type=float, default=2)
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    program = [sys.executable, "-m", "ctconvert"]
+    rows: list[dict[str, object]] = []
+    for name in given.cases.split(","):
+        case = CASES[name]
+        model = given.folder / f"{case.kind}-{given.gb:g}"
+        write(model, case.kind, int(given.gb * 1e9))
+        out, copy = given.folder / "out", given.folder / "copy"
+        repack = [*program, "repack", str(model), str(out), "--target", case.target]
+        repack += ["--device", given.device]
+        commands = {
+            "cp -r && sync": ["sh", "-c", 'cp -r "$0" "$1" && sync', str(model), str(copy)],
+            "--no-verify": [*repack, "--no-verify"],
+            "verified": repack,
+        }
+
+        def clear(out: Path = out, copy: Path = copy) -> None:
+            for folder in (out, copy, out.with_name(out.name + ".partial")):
+                shutil.rmtree(folder, ignore_errors=True)
+            os.sync()
+
+        clear()
+        cost(repack)
+        cost([*program, "verify", str(out), "--against", str(model)])
+        if not case.check(of_module(model, CHECKED), of_module(out, CHECKED)):
+            raise SystemExit(f"{name}: {CHECKED} is not what it should be")
+        found: dict[str, list[Cost]] = {what: [] for what in commands}
+        for _ in range(given.rounds):
+            for what, command in commands.items():
+                clear()
+                found[what].append(cost(command))
+        clear()
+        copied = statistics.median(one.seconds for one in found["cp -r && sync"])
+        rows += [_row(name, what, costs, copied) for what, costs in found.items()]
+    print(f"{given.gb:g} GB, {os.cpu_count()} CPU cores, {given.device}")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

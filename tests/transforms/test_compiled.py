@@ -1,0 +1,206 @@
+"""The compiled loops give the torch paths' bits, and are taken where they should be."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ctconvert.transforms import compiled, marlin, packed, sparse24, threads
+from ctconvert.transforms.dtypes import same_bits
+from ctconvert.transforms.marlin import cpu as tiles
+from ctconvert.transforms.packed import cpu as words
+from ctconvert.transforms.sparse24 import compiled as sparse_loops
+from ctconvert.transforms.sparse24 import cpu as sparse_torch
+
+
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled from the first byte on."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(compiled, "WORTH", 0)
+    monkeypatch.setattr(compiled, "LOOPS", compiled._Loops())
+
+
+def random(n: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n * width)
+    return torch.randint(-(1 << 31), 1 << 31, (n, width), generator=generator, dtype=torch.int32)
+
+
+# blocks that are whole, cut along either side, and smaller than one
+SHAPES = [(8, 16), (64, 128), (72, 1040), (192, 48), (328, 272)]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_transposed(
+    loops: None, monkeypatch: pytest.MonkeyPatch, n: int, k: int, bits: int
+) -> None:
+    source = random(n, k * bits // 32)
+    want = words.transpose(source, bits, k)
+    monkeypatch.setattr(compiled, "empty", _poisoned)
+    monkeypatch.setattr(words, "transpose", None)  # would fail if it were called
+    assert torch.equal(packed.transpose_packed(source, bits), want)
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 16), (128, 528), (320, 1040)])
+def test_tiles_there_and_back(loops: None, monkeypatch: pytest.MonkeyPatch, n: int, k: int) -> None:
+    source = random(n, k // 8)
+    want = tiles.pack_tiles(source.view(torch.int64), 4)
+    monkeypatch.setattr(compiled, "empty", _poisoned)
+    monkeypatch.setattr(tiles, "pack_tiles", None)
+    monkeypatch.setattr(tiles, "unpack_tiles", None)
+    assert torch.equal(marlin.marlin_pack(source, 4), want)
+    assert torch.equal(marlin.marlin_unpack(want, 4, n, k), source)
+
+
+def test_shared_among_threads(loops: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = random(448, 272)
+    transposed, packed_tiles = words.transpose(source, 4, 2176), marlin.marlin_pack(source, 4)
+    monkeypatch.setattr(threads, "THREADED_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(compiled, "empty", _poisoned)
+    assert torch.equal(packed.transpose_packed(source, 4), transposed)
+    assert torch.equal(marlin.marlin_pack(source, 4), packed_tiles)
+    assert torch.equal(marlin.marlin_unpack(packed_tiles, 4, 448, 2176), source)
+
+
+def test_what_the_loops_do_not_take(loops: None) -> None:
+    """Rows and words that fill no group, columns left out, memory that is not theirs."""
+    wide = random(64, 18)
+    for source, bits, columns in (
+        (wide[:63], 4, 144),
+        (wide[:, :17].contiguous(), 4, 136),
+        (wide, 4, 143),
+        (wide, 2, 288),
+        (wide[:, 1:17], 4, 128),
+        (wide.flatten()[1:-1].view(-1, 10)[:112], 4, 80),
+    ):
+        assert compiled.transpose(source, bits, columns) is None
+        made = packed.transpose_packed(source, bits, columns, pad_rows=True)
+        assert torch.equal(made, words.transpose(source, bits, columns))
+
+
+def test_little_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so is what comes before the bound, however many threads ask."""
+    pytest.importorskip("numba")
+    loops = compiled._Loops()
+    monkeypatch.setattr(compiled, "WORTH", 64)
+    found: list[object] = []
+    asked = [threading.Thread(target=lambda: found.append(loops.after(8))) for _ in range(16)]
+    for thread in asked:
+        thread.start()
+    for thread in asked:
+        thread.join()
+    assert sum(one is None for one in found) == 7
+
+
+def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(compiled, "WORTH", 0)
+    monkeypatch.setattr(compiled, "LOOPS", compiled._Loops())
+    monkeypatch.setattr(compiled.importlib, "import_module", missing)
+    source = random(64, 16)
+    assert compiled.transpose(source, 4, 128) is None
+    assert torch.equal(packed.transpose_packed(source, 4), words.transpose(source, 4, 128))
+
+
+@pytest.fixture
+def sparse(loops: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_loops, "LOOPS", compiled.LOOPS)
+    monkeypatch.setattr(sparse_loops, "empty", _filled)
+
+
+def sparse_weight(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of both signs and fewer than two nonzeros among its groups."""
+    generator = torch.Generator().manual_seed(k)
+    bits = torch.int16 if dtype.itemsize == 2 else torch.int8
+    values = torch.randint(-(1 << 7), 1 << 7, (n, k // 4, 4), generator=generator, dtype=bits)
+    values = values * (257 if dtype.itemsize == 2 else 1)
+    kept = torch.randint(0, 4, (n, k // 4, 2), generator=generator)
+    mask = torch.zeros(values.shape, dtype=torch.bool).scatter_(2, kept, True)
+    if dtype.itemsize == 2:
+        values[torch.rand(values.shape, generator=generator) < 0.1] = -(1 << 15)
+    return torch.where(mask, values, 0).view(n, k).to(bits).view(dtype)
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1, 4), (65, 12), (130, 136), (192, 276)])
+def test_sparse_there_and_back(sparse: None, n: int, k: int, dtype: torch.dtype) -> None:
+    dense = sparse_weight(n, k, dtype)
+    values, meta = sparse_torch.sm90_compress(dense)
+    bitmask = sparse_torch.bitmask_of(dense)
+    kept = sparse_torch.bitmask_compress(dense, bitmask)
+    made = sparse_loops.sm90_compress(dense)
+    assert made is not None and same_bits(made[0], values) and same_bits(made[1], meta)
+    for found, want in (
+        (
+            sparse_loops.sm90_decompress(values, meta, n, k),
+            sparse_torch.sm90_decompress(values, meta, n, k),
+        ),
+        (
+            sparse_loops.bitmask_decompress(kept, bitmask, k),
+            sparse_torch.bitmask_decompress(kept, bitmask, k),
+        ),
+    ):
+        assert found is not None and same_bits(found, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("k", [132, 136])
+def test_damage_is_told_as_torch_tells_it(sparse: None, k: int, dtype: torch.dtype) -> None:
+    n = 70
+    dense = sparse_weight(n, k, dtype)
+    bitmask = sparse24.bitmask_of(dense)
+    kept = sparse24.bitmask_compress(dense, bitmask)
+    values, meta = sparse24.sm90_compress(dense)
+    for row in (0, 63, n - 1):
+        over = dense.clone()
+        over[row, k - 3 :] = 1
+        assert sparse_loops.sm90_compress(over) is None
+        with pytest.raises(ValueError, match=f"row {row}"):
+            sparse24.sm90_compress(over)
+        for byte in (0x01, 0x07, 0x73):
+            wrong = bitmask.clone()
+            wrong[row, -1] = byte
+            assert sparse_loops.bitmask_decompress(kept, wrong, k) is None
+            with pytest.raises(ValueError, match=f"row {row}"):
+                sparse24.bitmask_decompress(kept, wrong, k)
+    empty_weight = torch.zeros_like(dense)
+    _, nothing = sparse24.sm90_compress(empty_weight)
+    lost = torch.zeros_like(values)
+    lost[69, -1] = 1
+    assert sparse_loops.sm90_decompress(lost, nothing, n, k) is None
+    for bit in range(8):  # wherever the order puts it: a padding nibble, a pair, or another pair
+        other = meta.clone().flatten()
+        other[bit * 37] ^= 1 << bit
+        other = other.view(meta.shape)
+        want = _result(sparse_torch.sm90_decompress, values, other, n, k)
+        made = sparse_loops.sm90_decompress(values, other, n, k)
+        assert (made is None) == isinstance(want, str)
+        assert made is None or same_bits(made, want)
+
+
+def _result(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        return str(error)
+
+
+def _filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    made = torch.empty(shape, dtype=dtype)
+    made.view(torch.uint8).fill_(0x5A)
+    return made
+
+
+def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, 0x5A5A5A5A, dtype=dtype)
