@@ -75,6 +75,13 @@ def repack(
         typer.Option(metavar="PATTERN=LAYOUT", help="Layout for modules by glob or re:regex."),
     ] = None,
     dtype: Dtype = None,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(metavar="RANKS", help="Cut modules for as many ranks, each its own files."),
+    ] = 1,
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="Ranks have whole experts, not slices.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read the output back and check it.")
     ] = True,
@@ -99,6 +106,8 @@ def repack(
                 layout=layouts,
                 max_shard_size=shard,
                 dtype=dtype,
+                tensor_parallel=tensor_parallel,
+                expert_parallel=expert_parallel,
             )
             sink.planned(plan)
             sink.show(outline(plan), _print_outline)
@@ -116,6 +125,8 @@ def repack(
                 layout=layouts,
                 max_shard_size=shard,
                 dtype=dtype,
+                tensor_parallel=tensor_parallel,
+                expert_parallel=expert_parallel,
                 device=device,
                 workers=workers,
                 resume=resume,

@@ -24,6 +24,7 @@ from ctconvert.records.plan import (
     SourceFile,
     SourceModule,
     expert_entry,
+    rank_prefix,
 )
 from ctconvert.records.reports import (
     Compared,
@@ -69,6 +70,7 @@ __all__ = [
     "Verified",
     "expert_entry",
     "from_json",
+    "rank_prefix",
     "schema",
     "to_json",
 ]
