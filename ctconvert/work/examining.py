@@ -253,7 +253,8 @@ def _refused(source: SourceModule, axis: Axis, ranks: int, chooser: Chooser | No
         return ""
     return (
         f"a rank's {weight.n}x{weight.k} would have to be padded to {padded.n}x{padded.k} for "
-        f"{made.recipe.layout}, and what an engine cuts when it loads cannot be"
+        f"{made.recipe.layout}, and what an engine cuts when it loads cannot be; "
+        "repack --tensor-parallel can"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from support.builders import (
     config_of,
     expert_modules,
@@ -25,13 +26,16 @@ from support.builders import (
 from support.reference import load_tensors
 from support.roundtrip import convert_and_back
 from support.schemes import LAYOUT_GROUPS, module_of
+from support.tamper import flip_bit
 
 import ctconvert
 from ctconvert import codec
-from ctconvert.errors import BadInputError, UnsupportedError, UsageError
+from ctconvert.errors import BadInputError, UnsupportedError, UsageError, VerificationError
 from ctconvert.layouts import LAYOUTS
 from ctconvert.output import Output
+from ctconvert.records import Manifest
 from ctconvert.runtime import load
+from ctconvert.store.local import LocalStore
 from ctconvert.transforms import cuts
 from ctconvert.transforms.dense import dense_weight
 from ctconvert.work.transforming import read_tensor
@@ -351,3 +355,78 @@ def test_the_config_says_how_many_ranks(tmp_path: Path) -> None:
     ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu", tensor_parallel=2)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["tensor_parallel"] == 2
+
+
+# --- manifests that say otherwise ----------------------------------------------------------------
+
+
+def altered(manifest: Manifest, name: str, **changes: Any) -> bytes:
+    """A manifest whose module ``name`` is changed, signed."""
+    items = tuple(
+        replace(item, **changes) if item.name == name else item for item in manifest.plan.items
+    )
+    return replace(manifest, plan=replace(manifest.plan, items=items)).dump()
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("four")
+    source = written(folder, biased=True)
+    ctconvert.repack(source, folder / "out", target="triton", device="cpu", tensor_parallel=4)
+    return folder / "out"
+
+
+UP, KEYS = f"rank1.{MLP}.up_proj", f"rank1.{ATTENTION}.k_proj"
+NOT_ALL = "do not hold all of it once"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (UP, {"rank": 4}, "it is of rank 4 of 4"),
+        (UP, {"rank": 2}, "its name is none of rank 2"),
+        (UP, {"rank": None}, "has other tensors beside the weight"),
+        (UP, {"rows": (0, 192)}, NOT_ALL),
+        (UP, {"rows": (160, 352)}, NOT_ALL),
+        (UP, {"rows": (192, 768)}, "its assembly makes another weight"),
+        (UP, {"rows": (672, 864)}, "N = 768 has no 672 to 864"),
+        (UP, {"rows": (385, 577)}, "cut a word of 4-bit zero points"),
+        (KEYS, {"rows": (32, 64)}, ""),
+        (KEYS, {"rows": (16, 48)}, "cut a word|do not hold"),
+        (f"rank1.{MLP}.down_proj", {"columns": (0, 192)}, NOT_ALL),
+        (f"rank1.{MLP}.down_proj", {"columns": (176, 368)}, "cut a scale group of 32"),
+    ],
+)
+def test_rectangles_that_do_not_tile_the_source_are_refused(
+    four: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    manifest = Manifest.load(LocalStore(four))
+    module_ = next(item for item in manifest.plan.modules if item.name == name)
+    if "rank" not in changes:
+        part = replace(module_.recipe.assembly, **changes)
+        changes = {"recipe": replace(module_.recipe, assembly=part)}
+    data = altered(manifest, name, **changes)
+    if not message:
+        Manifest.parse(data, "it")  # keys that another rank has as well: all is still there
+        return
+    with pytest.raises(VerificationError, match=message):
+        Manifest.parse(data, "it")
+
+
+def test_a_bias_that_no_rank_would_find_is_refused(four: Path) -> None:
+    manifest = Manifest.load(LocalStore(four))
+    module_ = next(item for item in manifest.plan.modules if item.name == UP)
+    (source,) = module_.sources
+    lost = {"bias": replace(source.beside["bias"], name="nowhere.bias")}
+    data = altered(manifest, UP, sources=(replace(source, beside=lost),))
+    with pytest.raises(VerificationError, match="a tensor beside the weight has no place"):
+        Manifest.parse(data, "it")
+
+
+def test_heads_that_differ_between_ranks_are_not_restored(four: Path, tmp_path: Path) -> None:
+    with flip_bit(four, f"{KEYS}.scales", 0, 0):
+        with pytest.raises(VerificationError, match="scale differs between the ranks that hold it"):
+            ctconvert.restore(four, tmp_path / "back", device="cpu")
+        with pytest.raises(VerificationError, match=f"{KEYS}: scale of .* differs from the source"):
+            ctconvert.verify(four, against=four.parent / "in")
+    assert not (tmp_path / "back").exists()
