@@ -9,7 +9,14 @@ and range, closed sets of names, and that the parts of a record fit each other.
 from __future__ import annotations
 
 from ctconvert.records.border import from_json, to_json
-from ctconvert.records.manifest import FORMAT_VERSION, FileRecord, Manifest, Tool, schema
+from ctconvert.records.manifest import (
+    FORMAT_VERSION,
+    LARGEST_MANIFEST,
+    FileRecord,
+    Manifest,
+    Tool,
+    schema,
+)
 from ctconvert.records.plan import (
     Convert,
     Copy,
@@ -42,6 +49,7 @@ from ctconvert.records.reports import (
 
 __all__ = [
     "FORMAT_VERSION",
+    "LARGEST_MANIFEST",
     "Compared",
     "Convert",
     "Copy",

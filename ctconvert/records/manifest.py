@@ -23,7 +23,7 @@ from ctconvert.store.safetensors import build_header, total_bytes
 FORMAT_VERSION: Literal[2] = 2
 _BLANK = "0" * 64
 #: Bytes of the largest manifest that is read; a model of 200 000 tensors has a quarter of it.
-_LARGEST = 500_000_000
+LARGEST_MANIFEST = 500_000_000
 
 
 class Tool(Struct, frozen=True):
@@ -76,7 +76,7 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
                 "the OUT of a repack or restore",
                 file=store.path(MANIFEST),
             )
-        if store.sizes()[MANIFEST] > _LARGEST:
+        if store.sizes()[MANIFEST] > LARGEST_MANIFEST:
             raise VerificationError(
                 f"{store.path(MANIFEST)}: too large for a manifest", file=store.path(MANIFEST)
             )

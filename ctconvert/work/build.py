@@ -16,6 +16,7 @@ from ctconvert.planning.place import disk_bytes, index_of
 from ctconvert.progress import Progress
 from ctconvert.records import (
     FORMAT_VERSION,
+    LARGEST_MANIFEST,
     FileRecord,
     Manifest,
     Plan,
@@ -35,6 +36,9 @@ from ctconvert.work.jobs import Context, HashJob
 from ctconvert.work.journal import Identity
 from ctconvert.work.staging import Staging, discard_leftovers, unfinished_run
 from ctconvert.work.verify import verify_output
+
+#: Tensors from which on the size of the manifest is worth a look.
+_MANY = 100_000
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def build(plan: Plan, store: Store, out: Path, settings: Settings) -> Report:
         ConversionError: the disk is full, a transform failed, or the source changed meanwhile.
     """
     refuse(plan)
+    _check_manifest(plan)
     if settings.resume and settings.overwrite:
         raise UsageError("--resume and --overwrite contradict each other; give one of them")
     local = store if isinstance(store, LocalStore) else None
@@ -87,6 +92,21 @@ def build(plan: Plan, store: Store, out: Path, settings: Settings) -> Report:
             return done
         resumed = _Build(plan, store, out, settings).run()
     return _report(plan, out, resumed)
+
+
+def _check_manifest(plan: Plan) -> None:
+    """Raises UsageError where the manifest would be larger than what is read."""
+    if len(plan.entries) < _MANY:
+        return
+    size = len(to_json(plan, indent=1)) + sum(len(name) + 80 for name in plan.entries)
+    if size > LARGEST_MANIFEST:
+        advice = (
+            "--expert-parallel, or fewer ranks" if plan.options.tensor_parallel > 1 else "--fuse"
+        )
+        raise UsageError(
+            f"its manifest would have {size} bytes, and {LARGEST_MANIFEST} are the most that is "
+            f"read: use {advice}"
+        )
 
 
 def _asked(plan: Plan) -> str:

@@ -38,6 +38,7 @@ from ctconvert.runtime import load
 from ctconvert.store.local import LocalStore
 from ctconvert.transforms import cuts
 from ctconvert.transforms.dense import dense_weight
+from ctconvert.work import build
 from ctconvert.work.transforming import read_tensor
 
 #: Eight heads of 32, two of keys and values; N differs from K everywhere.
@@ -430,3 +431,15 @@ def test_heads_that_differ_between_ranks_are_not_restored(four: Path, tmp_path: 
         with pytest.raises(VerificationError, match=f"{KEYS}: scale of .* differs from the source"):
             ctconvert.verify(four, against=four.parent / "in")
     assert not (tmp_path / "back").exists()
+
+
+def test_a_manifest_too_large_to_be_read_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(tmp_path)
+    monkeypatch.setattr(build, "_MANY", 50)
+    monkeypatch.setattr(build, "LARGEST_MANIFEST", 50_000)
+    with pytest.raises(UsageError, match=r"manifest would have \d+ bytes.*or fewer ranks"):
+        ctconvert.repack(source, tmp_path / "out", target="triton", tensor_parallel=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
