@@ -76,6 +76,8 @@ class SourceModule(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def _rows(self, local: str, entry: TensorEntry, rows: Range) -> TensorEntry:
         """What of a tensor belongs to some rows of the weight."""
         spec = self.weight
+        if rows == (0, spec.n):
+            return entry
         codes, words = 1, 1  # rows of the weight, and those of the tensor that hold them
         if local in ("weight_scale", "weight_zero_point"):
             if spec.strategy == "tensor" or local in self.zeros:

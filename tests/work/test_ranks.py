@@ -358,6 +358,30 @@ def test_the_config_says_how_many_ranks(tmp_path: Path) -> None:
     assert config["quantization_config"]["tensor_parallel"] == 2
 
 
+@pytest.mark.parametrize("layout", ["marlin", "marlin-fp8", "scaled-mm", "humming-nvfp4"])
+def test_no_more_is_read_than_a_ranks_rows(layout: str, tmp_path: Path) -> None:
+    group = LAYOUT_GROUPS[layout][0]
+    source = write_checkpoint(
+        tmp_path / "in",
+        module(f"{MLP}.up_proj", module_of(SIZE, HIDDEN, group, 0)),
+        config_of(group),
+    )
+    made = ctconvert.plan(source, target="cuda", layout={"*": layout}, tensor_parallel=3)
+    store = LocalStore(source)
+    for item in made.modules:
+        (few,) = item.sources
+        read: list[int] = []
+
+        def counting(entry: Any, read: list[int] = read) -> torch.Tensor:
+            read.append(entry.nbytes)
+            return read_tensor(store, entry)
+
+        codec.encode(item, 0, counting, torch.device("cpu"))
+        rest = sum(few.tensors[local].nbytes for local in few.values)
+        assert 0 < sum(read) - rest == (few.nbytes - rest) // 3
+        assert item.input_bytes == sum(read)
+
+
 # --- manifests that say otherwise ----------------------------------------------------------------
 
 
