@@ -1,4 +1,7 @@
-"""Two ranks on a CPU, in processes of their own: ``python parallel.py OUT`` prints the answer."""
+"""Two ranks on a CPU, in processes of their own: ``python parallel.py OUT`` prints the answer.
+
+After OUT may stand more of the engine's options, as JSON.
+"""
 
 from __future__ import annotations
 
@@ -12,5 +15,6 @@ if __name__ == "__main__":
     from integration.engine import serve
 
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    answer, _ = serve(Path(sys.argv[1]), tensor_parallel_size=2)
+    more = json.loads(sys.argv[2]) if sys.argv[2:] else {}
+    answer, _ = serve(Path(sys.argv[1]), tensor_parallel_size=2, **more)
     print(json.dumps([answer.tokens, answer.logprobs.tolist()]))
