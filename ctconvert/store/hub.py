@@ -82,11 +82,13 @@ def home_path(text: str | Path) -> Path:
     Raises:
         UsageError: ``~user`` names nobody, or the text holds a NUL.
     """
+    if "\0" in str(text):
+        raise UsageError(f"{str(text)!r}: no path holds a NUL")
     try:
         path = Path(text).expanduser()
         path.exists()
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"{text}: {error}".replace("\0", "\\0")) from None
+    except RuntimeError as error:
+        raise UsageError(f"{text}: {error}") from None
     except OSError as error:  # a name that is too long, a directory that may not be entered
         raise UsageError(f"{text}: {error.strerror}") from None
     return path

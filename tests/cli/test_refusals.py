@@ -13,8 +13,10 @@ import pytest
 from conftest import EXAMPLE
 from support.cli import Outcome, environment, program, run
 
+import ctconvert
 from ctconvert.cli.failures import failures
 from ctconvert.cli.sink import Sink
+from ctconvert.errors import UsageError
 
 OPTIONS = ("-t", "triton", "--device", "cpu")
 LONG = "x" * 5000
@@ -32,7 +34,7 @@ def one_line(outcome: Outcome, code: int, *says: str) -> None:
 # --- what a user writes --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["~nosuchuser", "~nosuchuser/x", "a\0b", f"/{LONG}", LONG])
+@pytest.mark.parametrize("path", ["~nosuchuser", "~nosuchuser/x", f"/{LONG}", LONG])
 def test_a_path_that_names_nothing(path: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     one_line(run("inspect", path), 2)
@@ -42,6 +44,12 @@ def test_a_path_that_names_nothing(path: str, tmp_path: Path) -> None:
     one_line(run("restore", path, out, "--device", "cpu"), 2)
     one_line(run("bench", path, "--device", "cpu"), 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_holds_a_nul() -> None:
+    """No command line can hold one; a call can."""
+    with pytest.raises(UsageError, match="no path holds a NUL"):
+        ctconvert.inspect("a\0b")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -235,7 +236,9 @@ def test_the_schema_is_the_one_in_the_package() -> None:
     code, out, err = run("schema")
     assert (code, err) == (0, "")
     assert json.loads(out) == json.loads(json.dumps(records.schema()))
-    assert (ROOT / "ctconvert" / "manifest.schema.json").read_text() == out, (
+    kept = (ROOT / "ctconvert" / "manifest.schema.json").read_text()
+    indented = re.compile(r"\\n +")  # older releases of msgspec leave docstrings as they are
+    assert indented.sub(r"\\n", kept) == indented.sub(r"\\n", out), (
         "ctconvert schema > ctconvert/manifest.schema.json"
     )
 

@@ -27,6 +27,7 @@ from support.reference import (
 )
 from support.roundtrip import convert_and_back
 from support.schemes import FRESH, fp8
+from support.versions import INSTALLED, JUDGE
 
 import ctconvert
 from ctconvert.errors import UnsupportedError
@@ -186,6 +187,8 @@ def test_partially_sparse(tmp_path: Path) -> None:
 def test_embeddings_of_every_width(
     bits: int, packing: str, symmetric: bool, tmp_path: Path
 ) -> None:
+    if 32 % bits and INSTALLED < JUDGE:
+        pytest.skip("this compressed-tensors packs such widths the other way")
     group = group_config(weight_args(bits, 32, symmetric), ["Embedding"])
     made = quantised(48, 96, group, bits)
     if packing == "padded" and 32 % bits:

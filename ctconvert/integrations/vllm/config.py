@@ -83,8 +83,8 @@ class CtconvertConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.served.rename(hf_to_vllm_mapper.apply_list)
 
-    def get_checkpoint_weight_mapper(self) -> Any:
-        """Drops what no kernel reads and what other ranks have."""
+    def get_cache_scale_mapper(self) -> Any:
+        """Drops what no kernel reads and what other ranks have; 0.26 asks for this mapper alone."""
         from vllm.model_executor.models.utils import WeightsMapper
 
         served = self.served
@@ -94,14 +94,22 @@ class CtconvertConfig(QuantizationConfig):
             for entry in module.outputs
             if entry.name.endswith(UNREAD)
         }
-        drops = dict.fromkeys(sorted(ends))
+        unread = WeightsMapper(orig_to_new_suffix=dict.fromkeys(sorted(ends)))
+        found = super().get_cache_scale_mapper() | unread
         if served.rank is None:
-            return WeightsMapper(orig_to_new_suffix=drops)
-        return WeightsMapper(
+            return found
+        if "orig_to_new_renaming" not in WeightsMapper.__dataclass_fields__:
+            raise UsageError(f"{served.model}: cut for ranks, which this vLLM cannot load")
+        return found | WeightsMapper(
             orig_to_new_renaming=[_OwnRank(rank_prefix(served.rank))],  # before all else
             orig_to_new_regex={re.compile(r"^rank\d+\."): None},
-            orig_to_new_suffix=drops,
         )
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """Drops nothing more: act-order's columns are read."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        return WeightsMapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.fused_moe import RoutedExperts

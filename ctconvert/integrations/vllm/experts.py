@@ -22,7 +22,8 @@ from ctconvert.assembly import leaves
 from ctconvert.errors import UsageError, VerificationError
 from ctconvert.integrations.vllm.arrivals import Arrivals
 from ctconvert.integrations.vllm.cuts import Held, axes, uncut, unfit
-from ctconvert.integrations.vllm.running import Running
+from ctconvert.integrations.vllm.engine.experts import fused
+from ctconvert.integrations.vllm.running import Running, tell
 from ctconvert.integrations.vllm.served import UNREAD, Served
 from ctconvert.records import Convert
 from ctconvert.runtime.kernels import Binding
@@ -179,7 +180,7 @@ def _stack(
     return Stack(
         name=name,
         experts=experts,
-        running=Running(where, mine, dtype),
+        running=Running(where, mine, dtype, prepared=False),
         tensors={k: v for k, v in tensors.items() if not k.endswith(UNREAD)},
         axis="n" if name == "w13" else "k",
         widths=widths,
@@ -265,6 +266,9 @@ class Experts(FusedMoEMethodBase):
                 parameter = Parameter(data, requires_grad=False)
                 parameter.weight_loader = partial(self._load, stack, local)  # type: ignore[attr-defined]
                 layer.register_parameter(f"{stack.name}_{local}", parameter)
+        up, down = self.w13.running, self.w2.running
+        self.fused = fused(up.bound, down.bound, hidden_size, params_dtype)
+        self.by = "vLLM's fused_marlin_moe" if self.fused else up.by
         self.arrivals = Arrivals(expected, self.hashes)
         layer.load_weights = partial(self._load_all, layer)
 
@@ -366,6 +370,7 @@ class Experts(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         self.arrivals.all_came()
+        tell(self.w13.running.bound, self.by, "experts in ")
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         return None
@@ -380,6 +385,9 @@ class Experts(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [M, H] to [M, H], this rank's share of the sum over ranks."""
+        if self.fused is not None:
+            up, down = self._tensors(layer, self.w13), self._tensors(layer, self.w2)
+            return self.fused(layer, up, down, x, topk_weights, topk_ids)
         ids, weights = topk_ids.flatten().long(), topk_weights.flatten()
         if layer.expert_map is not None:
             ids = layer.expert_map[ids].long()
@@ -403,6 +411,9 @@ class Experts(FusedMoEMethodBase):
         total.index_add_(0, rows, out.float() * weights[order].float().unsqueeze(1))
         return total.to(x.dtype)
 
+    def _tensors(self, layer: Any, stack: Stack) -> dict[str, torch.Tensor]:
+        return {local: getattr(layer, f"{stack.name}_{local}").data for local in stack.tensors}
+
     def _matmul(
         self,
         layer: Any,
@@ -413,8 +424,9 @@ class Experts(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """[P, N]: row p is x[rows[p]] times the weight of the expert that ``offsets`` give it."""
         running = stack.running
-        tensors = {local: getattr(layer, f"{stack.name}_{local}").data for local in stack.tensors}
-        grouped = running.kernel.grouped(running.bound.spec)
+        tensors = self._tensors(layer, stack)
+        kernel = running.kernel
+        grouped = None if kernel is None else kernel.grouped(running.bound.spec)
         if grouped is not None:
             return grouped(running.bound, tensors, x, rows.int(), offsets, None)
         found = x.new_empty((len(rows), running.bound.spec.n))
