@@ -283,13 +283,12 @@ class _Hashing:
 
 def _report(plan: Plan, out: Path, resumed: int) -> Report:
     converted = plan.kind == "converted"
-    restored = sum(len(item.modules) for item in plan.items if hasattr(item, "modules"))
     sources: Mapping[str, int] = {file.name: file.size for file in plan.source.files}
     return Report(
         out=str(out),
         target=plan.options.target,
         layouts=plan.layouts(),
-        modules=len(plan.modules) if converted else restored,
+        modules=len(plan.modules if converted else plan.restored),
         copied_tensors=len(plan.copies),
         kept=plan.kept,
         shards=len(plan.shards),

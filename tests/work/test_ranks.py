@@ -332,6 +332,12 @@ def test_a_rank_is_loaded_by_its_number(tmp_path: Path) -> None:
         load(tmp_path / "whole", "cpu", 1)
 
 
+def test_restored_modules_are_the_sources(tmp_path: Path) -> None:
+    source = written(tmp_path)
+    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu", tensor_parallel=2)
+    assert ctconvert.restore(tmp_path / "out", tmp_path / "back").modules == len(SHAPES)
+
+
 def test_options(tmp_path: Path) -> None:
     source = written(tmp_path)
     for options, message in (
