@@ -61,6 +61,8 @@ def _options(
     layout: Mapping[str, str] | None,
     max_shard_size: int,
     dtype: str | None,
+    tensor_parallel: int,
+    expert_parallel: bool,
 ) -> Options:
     overrides = tuple((layout or {}).items())
     _check_shard_size(max_shard_size)
@@ -73,6 +75,8 @@ def _options(
         exclude=tuple(exclude),
         overrides=overrides,
         max_shard_size=max_shard_size,
+        tensor_parallel=tensor_parallel,
+        expert_parallel=expert_parallel,
     )
 
 
@@ -163,6 +167,8 @@ def plan(
     layout: Mapping[str, str] | None = None,
     max_shard_size: int = 5_000_000_000,
     dtype: str | None = None,
+    tensor_parallel: int = 1,
+    expert_parallel: bool = False,
     download: bool = False,
 ) -> Plan:
     """Decides layout, name, dtype, shape, shard and offset of every output tensor.
@@ -179,6 +185,9 @@ def plan(
         max_shard_size: bytes of tensors in one output file; a module is never split.
         dtype: ``bfloat16`` or ``float16``, of the activations, which the bytes of some layouts
             depend on; config.json's where None, and bfloat16 where it names none.
+        tensor_parallel: the number of ranks for each of which modules are cut, as an engine of
+            that size has them.
+        expert_parallel: ranks have whole experts, not a share of each.
         download: fetch a Hub model's files now, so that the plan can be carried out.
 
     Returns:
@@ -189,7 +198,16 @@ def plan(
         BadInputError: the checkpoint is damaged or contradicts itself.
     """
     options = _options(
-        target, fuse, keep_unsupported, include, exclude, layout, max_shard_size, dtype
+        target,
+        fuse,
+        keep_unsupported,
+        include,
+        exclude,
+        layout,
+        max_shard_size,
+        dtype,
+        tensor_parallel,
+        expert_parallel,
     )
     check_options(options)
     with _no_collection():
@@ -219,6 +237,8 @@ def repack(
     max_shard_size: int = 5_000_000_000,
     dtype: str | None = None,
     local_copy: bool = False,
+    tensor_parallel: int = 1,
+    expert_parallel: bool = False,
     workers: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -229,8 +249,8 @@ def repack(
     """Converts a compressed-tensors checkpoint into a kernel-ready one.
 
     Args:
-        model, target, fuse, keep_unsupported, include, exclude, layout, max_shard_size, dtype: as
-            for :func:`plan`.
+        model, target, fuse, keep_unsupported, include, exclude, layout, max_shard_size, dtype,
+            tensor_parallel, expert_parallel: as for :func:`plan`.
         out: the directory to make; ``MODEL-TARGET`` beside the model where not given.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``: where transforms run.
         local_copy: download a Hub model into the local cache first; else its files are fetched
@@ -261,7 +281,16 @@ def repack(
         verify=verify,
     )
     options = _options(
-        target, fuse, keep_unsupported, include, exclude, layout, max_shard_size, dtype
+        target,
+        fuse,
+        keep_unsupported,
+        include,
+        exclude,
+        layout,
+        max_shard_size,
+        dtype,
+        tensor_parallel,
+        expert_parallel,
     )
     check_options(options)
     destination = default_out(model, target) if out is None else home_path(out)

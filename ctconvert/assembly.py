@@ -1,46 +1,46 @@
 """Of which source weights an output weight is made, and what that does to its spec; no data.
 
-An assembly is a tree. Its leaves name 2-D weights of the source, its nodes join and cut them; a
-:class:`Stack` stands only at the root and makes one output per item. Formats and layouts know none
-of it: a rule of the plan builds trees, :mod:`ctconvert.codec` walks them over data.
+An assembly is a tree. Its leaves name 2-D weights of the source, or rectangles of them, its nodes
+join and pad them; a :class:`Stack` stands only at the root and makes one output per item. Formats
+and layouts know none of it: a rule of the plan builds trees, :mod:`ctconvert.codec` walks them over
+data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Literal, NamedTuple
 
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from ctconvert.specs import Count, Support, WeightSpec
+from ctconvert.specs import Count, Size, Support, WeightSpec
 
 Axis = Literal["n", "k"]
+
+
+#: From the first row or column up to, and without, the last.
+Range = tuple[Size, Size]
 
 
 class Part(Struct, frozen=True, tag="part", omit_defaults=True):
     """A weight of the source: ``source`` counts the recipe's modules, ``expert`` 3-D tensors'.
 
-    A per-tensor scale becomes one per output channel, so that a layout sees one kind less.
+    ``rows`` and ``columns`` are those of a rank, all where None. A per-tensor scale becomes one per
+    output channel, so that a layout sees one kind less.
     """
 
     source: Annotated[int, Meta(ge=0)]
     expert: Annotated[int, Meta(ge=0)] | None = None
+    rows: Range | None = None
+    columns: Range | None = None
 
 
 class Concat(Struct, frozen=True, tag="concat"):
     """Rows after rows: q, k and v; gate and up."""
 
     parts: tuple[Assembly, ...]
-
-
-class Slice(Struct, frozen=True, tag="slice"):
-    """The ``rank``-th of ``ranks`` equal cuts along N or K."""
-
-    part: Assembly
-    axis: Axis
-    rank: Annotated[int, Meta(ge=0)]
-    ranks: Count
 
 
 class Pad(Struct, frozen=True, tag="pad"):
@@ -57,7 +57,7 @@ class Stack(Struct, frozen=True, tag="stack"):
     parts: tuple[Assembly, ...]
 
 
-Assembly = Part | Concat | Slice | Pad | Stack
+Assembly = Part | Concat | Pad | Stack
 
 #: What the parts of a joined weight must have in common.
 _ALIKE = tuple(name for name in WeightSpec.__struct_fields__ if name not in ("n", "scale_shape"))
@@ -90,23 +90,13 @@ def widths(assembly: Assembly, specs: Sequence[WeightSpec]) -> tuple[int, ...]:
 
 def _widths(assembly: Assembly, specs: Sequence[WeightSpec]) -> tuple[int, ...]:
     if isinstance(assembly, Part):
-        return (specs[assembly.source].n,)
+        return (assembled(assembly, specs).n,)
     if isinstance(assembly, Concat):
         return tuple(width for part in assembly.parts for width in _widths(part, specs))
     if isinstance(assembly, Stack):
         raise ValueError("a stack inside an assembly")
     inner = _widths(assembly.part, specs)
-    if isinstance(assembly, Pad):
-        return (*inner[:-1], inner[-1] + assembly.n - sum(inner))
-    if assembly.axis == "k":
-        return inner
-    share = sum(inner) // assembly.ranks
-    start, stop = assembly.rank * share, (assembly.rank + 1) * share
-    found, first = [], 0
-    for width in inner:  # what of each part lies between start and stop
-        found.append(min(first + width, stop) - max(first, start))
-        first += width
-    return tuple(width for width in found if width > 0)
+    return (*inner[:-1], inner[-1] + assembly.n - sum(inner))
 
 
 def unpadded(assembly: Assembly, specs: Sequence[WeightSpec]) -> WeightSpec:
@@ -122,7 +112,17 @@ def assembled(assembly: Assembly, specs: Sequence[WeightSpec]) -> WeightSpec:
         ValueError: it cannot be assembled, with the reason.
     """
     if isinstance(assembly, Part):
-        return expanded(specs[assembly.source])
+        spec = expanded(specs[assembly.source])
+        ranges: tuple[tuple[Axis, Range | None], ...] = (
+            ("n", assembly.rows),
+            ("k", assembly.columns),
+        )
+        for axis, some in ranges:
+            if some is not None:
+                if not (support := can_cut(spec, axis, some)):
+                    raise ValueError(support.reason)
+                spec = cut(spec, axis, some)
+        return spec
     if isinstance(assembly, Stack):
         made = [assembled(part, specs) for part in assembly.parts]
         if any(spec != made[0] for spec in made):
@@ -134,24 +134,47 @@ def assembled(assembly: Assembly, specs: Sequence[WeightSpec]) -> WeightSpec:
         if not support:
             raise ValueError(support.reason)
         return joined(made)
-    inner = assembled(assembly.part, specs)
-    if isinstance(assembly, Pad):
-        return padded(inner, assembly.n, assembly.k)
-    if holds_padding(assembly.part):
-        raise ValueError("what is padded cannot be cut: cut first, then pad")
-    support = can_cut(inner, assembly.axis, assembly.ranks)
-    if not support:
-        raise ValueError(support.reason)
-    return cut(inner, assembly.axis, assembly.ranks)
+    return padded(assembled(assembly.part, specs), assembly.n, assembly.k)
+
+
+class Rectangle(NamedTuple):
+    """What a leaf holds of its source weight: from where on, and how many rows and columns."""
+
+    row: int
+    column: int
+    n: int
+    k: int
+
+
+def rectangle(part: Part, spec: WeightSpec) -> Rectangle:
+    """The rows and columns of a leaf, ``spec`` being that of its source module."""
+    rows, columns = part.rows or (0, spec.n), part.columns or (0, spec.k)
+    return Rectangle(rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0])
+
+
+def lines(rectangles: Iterable[Rectangle], n: int, k: int) -> list[list[Rectangle]] | None:
+    """Rectangles in rows of one height each, from left to right; None unless they tile N x K."""
+    found: dict[int, list[Rectangle]] = {}
+    for one in sorted(rectangles):
+        found.setdefault(one.row, []).append(one)
+    below = 0
+    for row, line in found.items():
+        right = 0
+        for one in line:
+            if one.column != right or one.n != line[0].n:
+                return None
+            right += one.k
+        if row != below or right != k:
+            return None
+        below += line[0].n
+    return list(found.values()) if below == n else None
 
 
 def holds_padding(assembly: Assembly) -> bool:
     """Whether any of it is padded."""
     if isinstance(assembly, Concat | Stack):
         return any(map(holds_padding, assembly.parts))
-    return isinstance(assembly, Pad) or (
-        isinstance(assembly, Slice) and holds_padding(assembly.part)
-    )
+    return isinstance(assembly, Pad)
 
 
 def expanded(spec: WeightSpec) -> WeightSpec:
@@ -187,38 +210,58 @@ def joined(specs: Sequence[WeightSpec]) -> WeightSpec:
     return replace(first, n=sum(spec.n for spec in specs), scale_shape=scale_shape)
 
 
-def can_cut(spec: WeightSpec, axis: Axis, ranks: int) -> Support:
-    """Whether a weight can be cut into equal ranks along N or K without cutting a group."""
+def can_cut(spec: WeightSpec, axis: Axis, some: Range) -> Support:
+    """Whether rows (N) or columns (K) can be taken out of a weight without cutting a group."""
     size = spec.n if axis == "n" else spec.k
-    if size % ranks:
-        return Support(f"{axis.upper()} = {size} is no multiple of {ranks} ranks")
-    share = size // ranks
+    first, last = some
+    if not 0 <= first < last <= size:
+        return Support(f"{axis.upper()} = {size} has no {first} to {last}")
+
+    def apart(width: int) -> bool:
+        return bool(first % width or (last % width and last != size))
+
+    share = last - first
     if axis == "n":
-        if spec.strategy == "block" and spec.block and share % spec.block[0]:
+        if spec.strategy == "block" and spec.block and apart(spec.block[0]):
             return Support(f"{share} rows a rank cut a scale block of {spec.block[0]} rows")
+        if spec.storage == "packed" and not spec.symmetric and apart(words_of(spec)[0]):
+            return Support(f"{share} rows a rank cut a word of {spec.bits}-bit zero points")
+        return Support()
+    if share == size:
         return Support()
     if spec.has_g_idx:
         return Support("act-order columns (weight_g_idx) cannot be cut along K")
-    if spec.storage == "packed" and (share * spec.bits) % 32:
+    if spec.storage == "packed" and (first * spec.bits % 32 or share * spec.bits % 32):
         return Support(f"{share} columns a rank do not fill whole words of {spec.bits}-bit codes")
-    if spec.sparse and share % 4:
+    if spec.sparse and apart(4):
         return Support(f"{share} columns a rank cut a 2:4 group")
     width = spec.block[1] if spec.strategy == "block" and spec.block else spec.group_size
-    if width and share % width:
+    if width and apart(width):
         return Support(f"{share} columns a rank cut a scale group of {width}")
     return Support()
 
 
-def cut(spec: WeightSpec, axis: Axis, ranks: int) -> WeightSpec:
-    """The spec of one of the ranks that :func:`can_cut`."""
+def words_of(spec: WeightSpec) -> tuple[int, int]:
+    """The fewest codes that fill whole words, and how many words those are."""
+    if spec.packing == "padded":
+        return spec.codes_per_word, 1
+    codes = 32 // math.gcd(32, spec.bits)
+    return codes, codes * spec.bits // 32
+
+
+def cut(spec: WeightSpec, axis: Axis, some: Range) -> WeightSpec:
+    """The spec of rows or columns that :func:`can_cut`."""
+    share = some[1] - some[0]
     rows, columns = spec.scale_shape or (1, 1)
+    block = spec.block if spec.strategy == "block" and spec.block else None
     if axis == "n":
-        block = spec.block[0] if spec.strategy == "block" and spec.block else 1
-        n = spec.n // ranks
-        shape = (-(-n // block), columns)
-        return replace(spec, n=n, scale_shape=shape if spec.scale_shape else None)
-    shape = (rows, columns // ranks if columns > 1 else 1)
-    return replace(spec, k=spec.k // ranks, scale_shape=shape if spec.scale_shape else None)
+        rows = 1 if spec.strategy == "tensor" else -(-share // (block[0] if block else 1))
+    elif columns > 1:
+        columns = -(-share // (block[1] if block else spec.group_size or 1))
+    shape = (rows, columns) if spec.scale_shape else None
+    if axis == "n":
+        return replace(spec, n=share, scale_shape=shape)
+    return replace(spec, k=share, scale_shape=shape)
 
 
 def padded(spec: WeightSpec, n: int, k: int) -> WeightSpec:

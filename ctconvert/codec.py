@@ -13,7 +13,20 @@ from dataclasses import dataclass
 import torch
 
 from ctconvert import formats, layouts
-from ctconvert.assembly import Assembly, Concat, Pad, Part, Slice, Stack, assembled, leaves
+from ctconvert.assembly import (
+    Assembly,
+    Concat,
+    Pad,
+    Part,
+    Range,
+    Rectangle,
+    Stack,
+    assembled,
+    cut,
+    leaves,
+    lines,
+    rectangle,
+)
 from ctconvert.errors import BadInputError, ConversionError, VerificationError
 from ctconvert.layouts import Layout
 from ctconvert.records import Convert, Restore, SourceModule
@@ -44,9 +57,13 @@ def find_layout(module: str, name: str, version: int) -> Layout:
 
 
 def source_weight(
-    source: SourceModule, expert: int | None, read: Read, device: torch.device
+    source: SourceModule,
+    expert: int | None,
+    read: Read,
+    device: torch.device,
+    rows: Range | None = None,
 ) -> QuantizedWeight:
-    """One weight of the source, decoded, on ``device``.
+    """One weight of the source, or some of its rows, decoded, on ``device``.
 
     Raises:
         BadInputError: the data is damaged.
@@ -56,7 +73,9 @@ def source_weight(
         raise VerificationError(
             f"module {source.name}: unknown format {source.weight.format}", module=source.name
         )
-    tensors = {local: read(entry).to(device) for local, entry in source.entries(expert).items()}
+    spec = source.weight if rows is None else cut(source.weight, "n", rows)
+    entries = source.entries(expert, rows)
+    tensors = {local: read(entry).to(device) for local, entry in entries.items()}
     for local in source.zeros:
         zeros = tensors.pop(local)
         if not same_bits(zeros, torch.zeros_like(zeros)):
@@ -66,7 +85,7 @@ def source_weight(
                 module=source.name,
             )
     try:
-        return handler.decode(tensors, source.weight)
+        return handler.decode(tensors, spec)
     except ValueError as error:
         raise BadInputError(f"module {source.name}: {error}", module=source.name) from None
 
@@ -76,18 +95,16 @@ def assemble(
 ) -> QuantizedWeight:
     """The weight of one unit, made of the source's."""
     if isinstance(assembly, Part):
-        return cuts.expand(source_weight(sources[assembly.source], assembly.expert, read, device))
+        source = sources[assembly.source]
+        weight = source_weight(source, assembly.expert, read, device, assembly.rows)
+        weight = cuts.expand(weight)
+        return weight if assembly.columns is None else cuts.columns(weight, *assembly.columns)
     if isinstance(assembly, Concat):
         return cuts.join_rows([assemble(part, sources, read, device) for part in assembly.parts])
     if isinstance(assembly, Stack):
         raise ValueError("a stack is assembled one unit at a time")
     inner = assemble(assembly.part, sources, read, device)
-    if isinstance(assembly, Pad):
-        specs = [source.weight for source in sources]
-        return cuts.pad(inner, assembled(assembly, specs))
-    axis = cuts.rows if assembly.axis == "n" else cuts.columns
-    share = (inner.spec.n if assembly.axis == "n" else inner.spec.k) // assembly.ranks
-    return axis(inner, assembly.rank * share, (assembly.rank + 1) * share)
+    return cuts.pad(inner, assembled(assembly, [source.weight for source in sources]))
 
 
 def common_power(item: Convert, read: Read) -> int | None:
@@ -164,11 +181,10 @@ def first_difference(a: QuantizedWeight, b: QuantizedWeight) -> str | None:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Rows and columns of a source weight, as an output module holds them."""
+    """What an output module holds of a source weight."""
 
     part: Part
-    row: int
-    column: int
+    place: Rectangle
     weight: QuantizedWeight
 
 
@@ -210,7 +226,7 @@ def decode(item: Convert, unit: int, read: Read, device: torch.device) -> list[F
                     f"tensor {item.prefix}{local}: holds bytes that layout {layout.name} does not "
                     "make"
                 )
-        return list(_fragments(item.units[unit], item.specs, weight, 0, 0))
+        return list(_fragments(item.units[unit], item.specs, weight))
     except ValueError as error:
         raise VerificationError(
             f"module {_unit(item, unit)}: {error}", module=_unit(item, unit)
@@ -223,63 +239,41 @@ def _unit(item: Convert, unit: int) -> str:
 
 
 def _fragments(
-    assembly: Assembly,
-    specs: Sequence[WeightSpec],
-    weight: QuantizedWeight,
-    row: int,
-    column: int,
+    assembly: Assembly, specs: Sequence[WeightSpec], weight: QuantizedWeight
 ) -> Iterator[Fragment]:
-    """Takes an assembly apart; ``weight`` begins at ``row`` and ``column`` of what it makes."""
+    """Takes the weight of an assembly apart."""
     if isinstance(assembly, Part):
-        yield Fragment(assembly, row, column, weight)
+        yield Fragment(assembly, rectangle(assembly, specs[assembly.source]), weight)
     elif isinstance(assembly, Pad):
         inner = assembled(assembly.part, specs)
-        yield from _fragments(assembly.part, specs, cuts.strip(weight, inner), row, column)
-    elif isinstance(assembly, Slice):
-        whole = assembled(assembly.part, specs)
-        if assembly.axis == "n":
-            row += assembly.rank * (whole.n // assembly.ranks)
-        else:
-            column += assembly.rank * (whole.k // assembly.ranks)
-        yield from _fragments(assembly.part, specs, weight, row, column)
+        yield from _fragments(assembly.part, specs, cuts.strip(weight, inner))
     elif isinstance(assembly, Concat):
         first = 0
         for part in assembly.parts:
             last = first + assembled(part, specs).n
-            start, stop = max(first, row), min(last, row + weight.spec.n)
-            if start < stop:
-                some = cuts.rows(weight, start - row, stop - row)
-                yield from _fragments(part, specs, some, start - first, column)
+            yield from _fragments(part, specs, cuts.rows(weight, first, last))
             first = last
     else:
         raise ValueError("a stack inside an assembly")
 
 
 def joined(fragments: Sequence[Fragment], source: SourceModule) -> QuantizedWeight:
-    """One weight of the source, of all its fragments.
+    """One weight of the source, of all its fragments; ranks may hold the same.
 
     Raises:
         VerificationError: they do not cover it.
         ValueError: they contradict each other.
     """
     spec = source.weight
-    lines: dict[int, list[Fragment]] = {}
-    for fragment in sorted(fragments, key=lambda item: (item.row, item.column)):
-        lines.setdefault(fragment.row, []).append(fragment)
-    made: list[QuantizedWeight] = []
-    for row, line in lines.items():
-        widths = [fragment.weight.spec.k for fragment in line]
-        begins = [sum(widths[:place]) for place in range(len(line))]
-        if (
-            row != sum(weight.spec.n for weight in made)
-            or begins != [fragment.column for fragment in line]
-            or sum(widths) != spec.k
-            or len({fragment.weight.spec.n for fragment in line}) > 1
-        ):
-            raise _incomplete(source)
-        made.append(cuts.join_columns([fragment.weight for fragment in line]))
-    if sum(weight.spec.n for weight in made) != spec.n:
+    found: dict[Rectangle, QuantizedWeight] = {}
+    for fragment in fragments:
+        first = found.setdefault(fragment.place, fragment.weight)
+        if first is not fragment.weight and (wrong := first_difference(first, fragment.weight)):
+            raise ValueError(f"{wrong} differs between the ranks that hold it")
+    grid = lines(found, spec.n, spec.k)
+    if grid is None:
         raise _incomplete(source)
+    made = [cuts.join_columns([found[place] for place in line]) for line in grid]
     return cuts.collapse(cuts.join_rows(made), spec)
 
 
@@ -396,10 +390,8 @@ def compare(item: Convert, unit: int, made: Read, original: Read, device: torch.
     count = 0
     for fragment in decode(item, unit, made, device):
         source = item.sources[fragment.part.source]
-        want = cuts.expand(source_weight(source, fragment.part.expert, original, device))
+        want = assemble(fragment.part, item.sources, original, device)
         have = fragment.weight
-        want = cuts.rows(want, fragment.row, fragment.row + have.spec.n)
-        want = cuts.columns(want, fragment.column, fragment.column + have.spec.k)
         if wrong := first_difference(want, have):
             raise VerificationError(
                 f"module {_unit(item, unit)}: {wrong} of {source.name} differs from the source's",

@@ -22,7 +22,7 @@ from support.models import options, repack, restore, write_model
 from support.stores import MemoryStore, files_of
 
 from ctconvert import assembly, records, specs
-from ctconvert.assembly import Concat, Pad, Part, Slice, Stack
+from ctconvert.assembly import Concat, Pad, Part, Stack
 from ctconvert.errors import CtconvertError, VerificationError
 from ctconvert.output import Output
 from ctconvert.planning.inspection import inspection
@@ -142,8 +142,8 @@ def test_reports_survive_json(out: Path, tmp_path: Path) -> None:
         Part(0),
         Part(3, 7),
         Concat((Part(0), Part(1))),
-        Slice(Concat((Part(0), Slice(Part(1), "k", 1, 2))), "n", 0, 4),
-        Pad(Slice(Part(0), "k", 3, 4), 64, 128),
+        Concat((Part(0), Part(1, rows=(64, 96), columns=(0, 32)))),
+        Pad(Part(0, columns=(3, 4)), 64, 128),
         Stack((Pad(Part(0, 0), 1, 1), Pad(Part(0, 1), 1, 1))),
     ],
 )

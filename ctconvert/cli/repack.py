@@ -100,6 +100,13 @@ def repack(
     local_copy: Annotated[
         bool, typer.Option("--local-copy", help="Download a Hub model into the local cache first.")
     ] = False,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(metavar="RANKS", help="Cut modules for as many ranks, each its own files."),
+    ] = 1,
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="Ranks have whole experts, not slices.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read the output back and check it.")
     ] = True,
@@ -128,6 +135,8 @@ def repack(
                 layout=layouts,
                 max_shard_size=shard,
                 dtype=dtype,
+                tensor_parallel=tensor_parallel,
+                expert_parallel=expert_parallel,
             )
             sink.planned(plan)
             source = plan.source
@@ -148,6 +157,8 @@ def repack(
                 layout=layouts,
                 max_shard_size=shard,
                 dtype=dtype,
+                tensor_parallel=tensor_parallel,
+                expert_parallel=expert_parallel,
                 device=device,
                 local_copy=local_copy,
                 workers=workers,

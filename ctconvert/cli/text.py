@@ -6,8 +6,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-#: A number between dots, as layers and experts have: small, and written in one way only.
-_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
+#: A number between dots, as layers and experts have, or a rank's: small, written in one way only.
+_NUMBER = re.compile(r"(?:(?<=\.)|(?<=^rank))(?:0|[1-9][0-9]{0,8})(?=\.)")
 _GAP = "  "
 
 

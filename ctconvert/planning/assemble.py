@@ -9,7 +9,7 @@ from typing import Literal
 
 from ctconvert.assembly import Assembly, Concat, Pad, Part, Stack, assembled, can_join, units
 from ctconvert.planning.describe import Description, Module
-from ctconvert.records import SourceModule
+from ctconvert.records import SourceModule, rank_prefix
 from ctconvert.specs import WeightSpec
 from ctconvert.store.safetensors import TensorEntry
 
@@ -26,17 +26,21 @@ _RESAMPLER = re.compile(r"perceiver|resampler", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Candidate:
-    """An output module before its layout is chosen; ``joint`` as in :class:`Convert`."""
+    """An output module before its layout is chosen; ``joint`` and ``rank`` as in :class:`Convert`.
+
+    ``name`` is without the rank.
+    """
 
     name: str
     sources: tuple[SourceModule, ...]
     assembly: Assembly
     joint: Literal[".", "_"] = "."
+    rank: int | None = None
 
     @property
     def prefix(self) -> str:
         """How the full name of every tensor of it begins; the local name follows."""
-        return self.name + self.joint
+        return rank_prefix(self.rank) + self.name + self.joint
 
     @property
     def experts(self) -> int | None:
@@ -50,7 +54,12 @@ class Candidate:
 
     @property
     def beside(self) -> dict[str, list[TensorEntry]]:
-        """The tensors that stand beside the weights, one of each source, by local name."""
+        """The tensors that stand beside the weights, one of each source, by local name.
+
+        None of a rank's: all ranks have those whole.
+        """
+        if self.rank is not None:
+            return {}
         return {
             local: [source.beside[local] for source in self.sources]
             for local in self.sources[0].beside

@@ -62,6 +62,10 @@ def left_out(modules: Iterable[str], options: Options) -> dict[str, str]:
     return found
 
 
+#: More than any engine has: names and plans grow with them.
+MOST_RANKS = 1024
+
+
 def _meant(names: Iterable[str], pattern: str, option: str) -> set[str]:
     found = {name for name in names if matches(pattern, name, option)}
     if not found:
@@ -98,6 +102,10 @@ def check_options(options: Options) -> None:
             matches(pattern, "", option)
     if options.max_shard_size < 1:
         raise UsageError("--max-shard-size must be positive")
+    if not 1 <= options.tensor_parallel <= MOST_RANKS:
+        raise UsageError(f"--tensor-parallel: 1 to {MOST_RANKS} ranks")
+    if options.expert_parallel and options.tensor_parallel == 1:
+        raise UsageError("--expert-parallel needs the number of ranks: give --tensor-parallel too")
 
 
 #: Where a config.json describes the language model.
@@ -247,7 +255,7 @@ class Chooser:
             return f"{first.name} cannot pad gate, up and down alike"
         if size == weights[1].k:
             wide, long = up.assembly, down.assembly
-        elif up.beside:
+        elif up.sources[0].beside:
             return f"their biases would have to be padded to {size} for {first.name}"
         else:
             wide = Stack(tuple(map(partial(_with_rows, up, size), units(up.assembly))))
@@ -333,7 +341,8 @@ def _with_rows(candidate: Candidate, size: int, unit: Assembly) -> Assembly:
     if isinstance(unit, Concat):
         return Concat(tuple(_with_rows(candidate, size, part) for part in unit.parts))
     assert isinstance(unit, Part)
-    return Pad(unit, size, candidate.sources[unit.source].weight.k)
+    specs = [source.weight for source in candidate.sources]
+    return Pad(unit, size, assembled(unit, specs).k)
 
 
 def _size_between(layout: Layout, up: Candidate, down: Candidate) -> int | None:

@@ -17,7 +17,8 @@ T = TypeVar("T")
 
 #: The projections of one expert, in the order gate, up, down, under either set of names.
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_EXPERT = re.compile(r"(.*\.)?experts\.(0|[1-9][0-9]{0,5})\.(\w+)", re.DOTALL)
+#: A projection of one expert: what stands before, the number, the last name.
+EXPERT = re.compile(r"(.*\.)?experts\.(0|[1-9][0-9]{0,5})\.(\w+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def _blocks(modules: Mapping[str, T]) -> dict[str, dict[str, dict[int, T]]]:
     """The modules of experts, by block, projection and number."""
     found: dict[str, dict[str, dict[int, T]]] = {}
     for name, module in modules.items():
-        match = _EXPERT.fullmatch(name)
+        match = EXPERT.fullmatch(name)
         if match and any(match[3] in names for names in _NAMES):
             block = found.setdefault(f"{match[1] or ''}experts", {})
             block.setdefault(match[3], {})[int(match[2])] = module

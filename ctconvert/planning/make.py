@@ -14,8 +14,9 @@ from ctconvert.names import natural
 from ctconvert.planning.assemble import Candidate, alone, fuse, possible_names
 from ctconvert.planning.choose import Choice, Chooser, check_options, left_out, matches
 from ctconvert.planning.describe import Description
-from ctconvert.planning.experts import not_stacked, stack_names, stacks
+from ctconvert.planning.experts import Block, not_stacked, stack_names, stacks
 from ctconvert.planning.place import Placed, check_names, place
+from ctconvert.planning.ranks import Ranks
 from ctconvert.records import (
     FORMAT_VERSION,
     Convert,
@@ -28,6 +29,7 @@ from ctconvert.records import (
     Refusal,
     Restore,
     SourceFile,
+    rank_prefix,
 )
 from ctconvert.specs import TensorSpec
 from ctconvert.store.checkpoint import Checkpoint
@@ -62,35 +64,35 @@ def make_plan(description: Description, options: Options) -> Plan:
         description.modules[name].reason = why
     notes: list[str] = []
     chooser = Chooser(options, description.checkpoint.config)
-    made: dict[str, _Made] = {}  # by the name of each source module
+    ranks = Ranks(description, options)
+    made: dict[str, list[_Made]] = {}  # what each rank has, by the name of each source module
     refusals: list[Refusal] = []
     if options.fuse:
         blocks, experts = stacks(description, notes)
         for block in blocks:
-            pair = chooser.stacks(block.up, block.down)
-            if isinstance(pair, str):
-                notes.append(not_stacked(block.name, pair))
+            pairs = _stacks(block, ranks, chooser)
+            if isinstance(pairs, str):
+                notes.append(not_stacked(block.name, pairs))
                 continue
-            for stack, how in zip((block.up, block.down), pair, strict=True):
-                made |= {source.name: (stack, how) for source in stack.sources}
+            for stack, each in zip((block.up, block.down), pairs, strict=True):
+                made |= {source.name: each for source in stack.sources}
         for candidate, parts in fuse(description, experts, notes):
-            choice = chooser.choice(candidate)
-            if isinstance(choice, str):
-                notes.append(f"{candidate.name} is not fused: {choice}")
+            found = _choices(candidate, ranks, chooser)
+            if isinstance(found, str):
+                notes.append(f"{candidate.name} is not fused: {found}")
             else:
-                made.update(dict.fromkeys(parts, (candidate, choice)))
+                made.update(dict.fromkeys(parts, found))
     for module in description.modules.values():
         if module.name in made:
             continue
-        reason: Choice | str = module.reason
+        reason: list[_Made] | str = module.reason
         if not reason and module.source is not None:
-            candidate = alone(module.source)
-            reason = chooser.choice(candidate)
+            reason = _choices(alone(module.source), ranks, chooser)
         if isinstance(reason, str):
             fault = module.fault and module.name not in left
             refusals.append(Refusal(module.name, module.format, module.label, reason, fault))
         else:
-            made[module.name] = (candidate, reason)
+            made[module.name] = reason
     refused = {refusal.module for refusal in refusals}
     kept = [item for item in refusals if options.keep_unsupported or item.module in left]
     sizes = description.checkpoint.store.sizes()
@@ -100,6 +102,8 @@ def make_plan(description: Description, options: Options) -> Plan:
         options.max_shard_size,
         description.checkpoint.metadata,
         description.checkpoint.tensors,
+        [None if isinstance(item, TensorEntry) else item[0].rank for item in order],
+        options.tensor_parallel,
     )
     side_files = description.checkpoint.side_files()
     check_names(shards, side_files)
@@ -113,7 +117,7 @@ def make_plan(description: Description, options: Options) -> Plan:
         side_files=tuple(SourceFile(name, sizes[name]) for name in side_files),
         kept=_in_order(kept),
         refusals=_in_order(item for item in refusals if item not in kept),
-        notes=(*notes, *chooser.notes, *description.oddities),
+        notes=(*notes, *ranks.notes, *chooser.notes, *description.oddities),
     )
     return _with_config(plan, description)
 
@@ -163,8 +167,38 @@ def _origin(checkpoint: Checkpoint) -> Origin:
     )
 
 
+def _choices(candidate: Candidate, ranks: Ranks, chooser: Chooser) -> list[_Made] | str:
+    """A module as each rank has it, and how it is made, or the reasons why it is not."""
+    candidates = ranks.of(candidate)
+    if isinstance(candidates, str):
+        return candidates
+    found = []
+    for one in candidates:
+        choice = chooser.choice(one)
+        if isinstance(choice, str):
+            return choice
+        found.append((one, choice))
+    return found
+
+
+def _stacks(block: Block, ranks: Ranks, chooser: Chooser) -> tuple[list[_Made], list[_Made]] | str:
+    """A block's stacks as each rank has them, or why its experts are not stacked."""
+    ups, downs = ranks.of(block.up), ranks.of(block.down)
+    for candidates in (ups, downs):
+        if isinstance(candidates, str):
+            return candidates
+    found: tuple[list[_Made], list[_Made]] = [], []
+    for up, down in zip(ups, downs, strict=True):
+        pair = chooser.stacks(up, down)  # type: ignore[arg-type]
+        if isinstance(pair, str):
+            return pair
+        found[0].append((up, pair[0]))  # type: ignore[arg-type]
+        found[1].append((down, pair[1]))  # type: ignore[arg-type]
+    return found
+
+
 def _in_source_order(
-    description: Description, made: Mapping[str, _Made], refused: set[str]
+    description: Description, made: Mapping[str, list[_Made]], refused: set[str]
 ) -> Iterator[_Made | TensorEntry]:
     placed: set[str] = set()
     owners = description.owners
@@ -173,10 +207,17 @@ def _in_source_order(
         if entry.name in description.plain or module in refused:
             yield entry
             continue
-        candidate, choice = made[module]
+        candidate = made[module][0][0]
+        if candidate.rank is not None and _beside(description, module, entry):
+            yield entry
         if candidate.name not in placed:
             placed.add(candidate.name)
-            yield candidate, choice
+            yield from made[module]
+
+
+def _beside(description: Description, module: str, entry: TensorEntry) -> bool:
+    source = description.modules[module].source
+    return source is not None and entry in source.beside.values()
 
 
 def _outputs(item: _Made | TensorEntry) -> dict[str, TensorSpec]:
@@ -206,12 +247,13 @@ def _item(item: _Made | TensorEntry, placed: Placed) -> Item:
     candidate, choice = item
     beside = {local: placed[f"{candidate.prefix}{local}"] for local in candidate.beside}
     return Convert(
-        name=candidate.name,
+        name=rank_prefix(candidate.rank) + candidate.name,
         sources=candidate.sources,
         recipe=choice.recipe,
         outputs=tuple(placed[f"{candidate.prefix}{local}"] for local in choice.outputs),
         beside=beside,
         joint=candidate.joint,
+        rank=candidate.rank,
     )
 
 
@@ -225,6 +267,8 @@ def _with_config(plan: Plan, description: Description) -> Plan:
         "modules": plan.layouts(),
         "source": settings.source,
     }
+    if plan.options.tensor_parallel > 1:
+        ours["tensor_parallel"] = plan.options.tensor_parallel
     if plan.kept:
         ours["unconverted"] = [refusal.module for refusal in plan.kept]
     config = with_config(description.checkpoint.config, ours)
@@ -295,7 +339,8 @@ def _source_entries(modules: Sequence[Convert]) -> Iterator[TensorEntry]:
             if source.name not in seen:
                 seen.add(source.name)
                 yield from source.tensors.values()
-                yield from source.beside.values()
+                if module.rank is None:
+                    yield from source.beside.values()
 
 
 def _groups(modules: Sequence[Convert]) -> list[list[Convert]]:

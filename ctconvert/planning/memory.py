@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ctconvert.assembly import holds_padding, leaves
+from itertools import zip_longest
+
+from ctconvert.assembly import holds_padding, leaves, rectangle
 from ctconvert.records import Convert, Copy, Item, Plan, Restore
 from ctconvert.specs import TensorSpec
 from ctconvert.store.base import CHUNK
@@ -18,9 +20,23 @@ def item_bytes(item: Item) -> int:
     if isinstance(item, Copy):
         return min(CHUNK, item.source.nbytes)
     if isinstance(item, Restore):
-        made = sum(module.input_bytes for module in item.modules)
+        made = _restored_bytes(item)
         return sum(module.output_bytes for module in item.modules) * 2 + 2 * made
     return item.input_bytes + _transform_bytes(item)
+
+
+def _restored_bytes(item: Restore) -> int:
+    """Source bytes of one unit, the largest; what several ranks hold of them counts once."""
+    found = 0
+    for trees in zip_longest(*(module.units for module in item.modules)):
+        held = {
+            (source.name, part.expert, part.rows): source.unit_bytes(part.rows)
+            for module, tree in zip(item.modules, trees, strict=True)
+            for part in (leaves(tree) if tree is not None else ())
+            for source in (module.sources[part.source],)
+        }
+        found = max(found, sum(held.values()))
+    return found
 
 
 def _transform_bytes(item: Convert) -> int:
@@ -30,10 +46,12 @@ def _transform_bytes(item: Convert) -> int:
     that the output is decoded to, to be compared; or the parts of a joined weight and the whole.
     """
     spec, unit = item.recipe.weight, item.units[0]
-    logical, padded = item.input_bytes, holds_padding(unit)
+    parts = [(part, item.specs[part.source]) for part in leaves(unit)]
+    logical = item.input_bytes
+    padded = holds_padding(unit) or any(part.columns for part, _ in parts)
     if padded:
-        parts = [item.specs[part.source] for part in leaves(unit)]
-        logical = logical * spec.n * spec.k // sum(part.n * part.k for part in parts)
+        read = sum(rectangle(part, source).n * source.k for part, source in parts)
+        logical = logical * spec.n * spec.k // read
     if spec.storage == "plain":
         logical = TensorSpec(spec.element, (spec.n, spec.k)).nbytes
     joined = len(item.widths) > 1

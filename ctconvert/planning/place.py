@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 from ctconvert.errors import BadInputError
@@ -19,6 +21,8 @@ def place(
     limit: int,
     metadata: Mapping[str, Mapping[str, str]],
     source: Mapping[str, TensorEntry],
+    ranks: Iterable[int | None] = repeat(None),
+    count: int = 1,
 ) -> tuple[tuple[Shard, ...], Placed]:
     """Fills shards in order, up to ``limit`` bytes of tensors each.
 
@@ -30,17 +34,18 @@ def place(
         source: the source's tensors. Metadata that names one is an alias of it (of tied tensors)
             and goes where it lies; a shard of nothing but such tensors has that of their files.
             Where files differ that become one, the first has it.
+        ranks: which of ``count`` ranks has each group, None for all; each fills shards of its own.
 
     Returns:
-        the shards, and every tensor by name.
+        the shards, those of all ranks first and then the first of every rank, the second, ..., and
+        every tensor by name.
 
     Raises:
         BadInputError: two tensors have one name.
     """
-    shards: list[list[tuple[str, TensorSpec]]] = [[]]
+    filled: dict[int | None, list[_Filled]] = {}
     seen: set[str] = set()
-    size = 0
-    for group in groups:
+    for group, rank in zip(groups, ranks, strict=False):
         for name in group:
             if name in seen:
                 raise BadInputError(
@@ -48,27 +53,40 @@ def place(
                     "one of that name"
                 )
             seen.add(name)
+        own = filled.setdefault(rank, [])
         nbytes = sum(spec.nbytes for spec in group.values())
-        if shards[-1] and size + nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].extend(group.items())
-        size += nbytes
+        if not own or (own[-1].tensors and own[-1].size + nbytes > limit):
+            own.append(_Filled(rank, len(own) + 1))
+        own[-1].tensors.extend(group.items())
+        own[-1].size += nbytes
     made: list[Shard] = []
     placed: Placed = {}
-    for index, tensors in enumerate(shards, 1):
+    every = [one for shards in filled.values() for one in shards] or [_Filled(None, 1)]
+    for one in sorted(every, key=lambda one: (one.rank is not None, one.index, one.rank or 0)):
+        tensors = one.tensors
         # most aligned first, as safetensors writes them, so that every tensor is aligned
         tensors.sort(key=lambda item: -DTYPE_BITS[item[1].dtype])
-        own = _metadata({name for name, _ in tensors}, metadata, source)
-        header, offsets = build_header(tensors, own)
-        file = f"model-{index:05}-of-{len(shards):05}.safetensors"
-        if len(shards) == 1:
+        own_metadata = _metadata({name for name, _ in tensors}, metadata, source)
+        header, offsets = build_header(tensors, own_metadata)
+        of_rank = "" if one.rank is None else f"-rank-{one.rank:05}-of-{count:05}"
+        file = f"model{of_rank}-{one.index:05}-of-{len(filled.get(one.rank, every)):05}.safetensors"
+        if len(every) == 1:
             file = "model.safetensors"
         for (name, spec), offset in zip(tensors, offsets, strict=True):
             placed[name] = TensorEntry(name, file, offset, spec)
         total = len(header) + sum(spec.nbytes for _, spec in tensors)
-        made.append(Shard(file, total, tuple(name for name, _ in tensors), own))
+        made.append(Shard(file, total, tuple(name for name, _ in tensors), own_metadata))
     return tuple(made), placed
+
+
+@dataclass
+class _Filled:
+    """A shard that is being filled, of those of one rank."""
+
+    rank: int | None
+    index: int
+    tensors: list[tuple[str, TensorSpec]] = field(default_factory=list)
+    size: int = 0
 
 
 def _metadata(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from ctconvert.records.border import from_json, to_json
 from ctconvert.records.manifest import (
     FORMAT_VERSION,
+    LARGEST_MANIFEST,
     FileRecord,
     Manifest,
     SourceRecord,
@@ -31,6 +32,7 @@ from ctconvert.records.plan import (
     SourceFile,
     SourceModule,
     expert_entry,
+    rank_prefix,
 )
 from ctconvert.records.reports import (
     Compared,
@@ -49,6 +51,7 @@ from ctconvert.records.reports import (
 
 __all__ = [
     "FORMAT_VERSION",
+    "LARGEST_MANIFEST",
     "Compared",
     "Convert",
     "Copy",
@@ -79,6 +82,7 @@ __all__ = [
     "Verified",
     "expert_entry",
     "from_json",
+    "rank_prefix",
     "schema",
     "to_json",
 ]

@@ -14,7 +14,7 @@ from ctconvert.assembly import assembled, leaves
 from ctconvert.errors import NoManifestError, VerificationError
 from ctconvert.records.border import Blake3, Sha256, from_json, to_json
 from ctconvert.records.plan import Convert, Plan, Restore
-from ctconvert.records.sources import wrong_source, wrong_units
+from ctconvert.records.sources import wrong_source, wrong_tiles, wrong_units
 from ctconvert.specs import Size, WeightSpec
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import MANIFEST
@@ -23,7 +23,7 @@ from ctconvert.store.safetensors import build_header, total_bytes
 FORMAT_VERSION: Literal[3] = 3
 _BLANK = "0" * 64
 #: Bytes of the largest manifest that is read; a model of 200 000 tensors has a quarter of it.
-_LARGEST = 500_000_000
+LARGEST_MANIFEST = 500_000_000
 
 
 class Tool(Struct, frozen=True):
@@ -85,7 +85,7 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
                 "the OUT of a repack or restore",
                 file=store.path(MANIFEST),
             )
-        if store.sizes()[MANIFEST] > _LARGEST:
+        if store.sizes()[MANIFEST] > LARGEST_MANIFEST:
             raise VerificationError(
                 f"{store.path(MANIFEST)}: too large for a manifest", file=store.path(MANIFEST)
             )
@@ -184,7 +184,9 @@ def _contradiction(manifest: Manifest) -> str | None:
     for module in modules:
         if wrong := _wrong_module(module):
             return f"module {module.name}: {wrong}"
-    return wrong_units(modules)
+        if wrong := _wrong_rank(module, plan):
+            return f"module {module.name}: {wrong}"
+    return wrong_units(modules) or wrong_tiles(modules)
 
 
 def _is_object(text: str) -> bool:
@@ -215,6 +217,24 @@ def _wrong_weight(spec: WeightSpec) -> str | None:
     return None
 
 
+def _wrong_rank(module: Convert, plan: Plan) -> str | None:
+    ranks = plan.options.tensor_parallel
+    if module.rank is None:
+        return None
+    if plan.kind == "converted" and module.rank >= ranks:
+        return f"it is of rank {module.rank} of {ranks}"
+    if module.place == module.name:
+        return f"its name is none of rank {module.rank}"
+    if module.beside:
+        return "tensors beside the weight are a rank's, and all ranks have them whole"
+    copied = {copy.name for copy in plan.copies}
+    if plan.kind == "converted" and any(
+        entry.name not in copied for source in module.sources for entry in source.beside.values()
+    ):
+        return "a tensor beside the weight has no place"
+    return None
+
+
 def _wrong_module(module: Convert) -> str | None:
     if not module.sources or not module.units:
         return "it is made of nothing"
@@ -238,7 +258,7 @@ def _wrong_module(module: Convert) -> str | None:
                 return f"{source.name}: {local} has a value that is not its own"
         if not {*source.zeros, *source.shared} <= source.tensors.keys():
             return f"{source.name} lacks tensors that it lists"
-        if source.beside.keys() != module.beside.keys():
+        if module.rank is None and source.beside.keys() != module.beside.keys():
             return f"{source.name} has other tensors beside the weight"
         for local in source.tensors:
             if not local or "." in local:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from ctconvert.assembly import Assembly, leaves, units, unpadded, widths
+from ctconvert.assembly import Assembly, Range, leaves, units, unpadded, widths, words_of
 from ctconvert.records.border import Hex, Sha256, to_json
 from ctconvert.specs import Count, Size, TensorSpec, WeightSpec
 from ctconvert.store.safetensors import TensorEntry, build_header, total_bytes
@@ -21,7 +21,8 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``include`` and ``exclude`` are patterns of modules to convert, and of others to leave as they
     are. ``overrides`` are (pattern, layout), the first that matches a module deciding. ``dtype`` is
     that of the activations, for layouts whose bytes depend on it; a plan's is what config.json says
-    where the user says nothing, None where that is neither of them.
+    where the user says nothing, None where that is neither of them. ``tensor_parallel`` is the
+    number of ranks; with ``expert_parallel`` they have whole experts each.
     """
 
     target: str | None
@@ -32,6 +33,8 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
     exclude: tuple[str, ...] = ()
     overrides: tuple[tuple[str, str], ...] = ()
     max_shard_size: Count = 5_000_000_000
+    tensor_parallel: Count = 1
+    expert_parallel: bool = False
 
 
 class SourceModule(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -54,26 +57,64 @@ class SourceModule(Struct, frozen=True, kw_only=True, omit_defaults=True):
     shared: tuple[str, ...] = ()
     beside: dict[str, TensorEntry] = {}
 
-    def entries(self, expert: int | None) -> dict[str, TensorEntry]:
-        """The tensors of one expert, slices of the 3-D ones; all as they are where None."""
-        if expert is None:
-            return self.tensors
-        whole = {*self.values, *self.shared}
-        return {
-            local: entry if local in whole else expert_entry(entry, expert)
-            for local, entry in self.tensors.items()
-        }
+    def entries(self, expert: int | None, rows: Range | None = None) -> dict[str, TensorEntry]:
+        """The tensors of one expert, slices of the 3-D ones; all as they are where None.
+
+        ``rows``, which can be cut, are those of the weight to have; of what is no row's, all.
+        """
+        found = self.tensors
+        if expert is not None:
+            whole = {*self.values, *self.shared}
+            found = {
+                local: entry if local in whole else expert_entry(entry, expert)
+                for local, entry in found.items()
+            }
+        if rows is None:
+            return found
+        return {local: self._rows(local, entry, rows) for local, entry in found.items()}
+
+    def _rows(self, local: str, entry: TensorEntry, rows: Range) -> TensorEntry:
+        """What of a tensor belongs to some rows of the weight."""
+        spec = self.weight
+        if rows == (0, spec.n):
+            return entry
+        codes, words = 1, 1  # rows of the weight, and those of the tensor that hold them
+        if local in ("weight_scale", "weight_zero_point"):
+            if spec.strategy == "tensor" or local in self.zeros:
+                return entry
+            if local == "weight_zero_point" and spec.storage == "packed":
+                codes, words = words_of(spec)
+            elif spec.strategy == "block" and spec.block:
+                codes = spec.block[0]
+        elif local not in ("weight", "weight_packed", "compressed", "bitmask"):
+            return entry
+        first = rows[0] // codes * words
+        last = entry.spec.shape[0] if rows[1] == spec.n else rows[1] // codes * words
+        made = TensorSpec(entry.spec.dtype, (last - first, *entry.spec.shape[1:]))
+        one = entry.nbytes // entry.spec.shape[0]
+        return TensorEntry(entry.name, entry.file, entry.offset + first * one, made)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that hold the weight."""
         return total_bytes(self.tensors.values())
 
+    def unit_bytes(self, rows: Range | None = None) -> int:
+        """Bytes of one weight, or of some of its rows."""
+        if rows is None:
+            return self.nbytes // (self.experts or 1)
+        return total_bytes(self.entries(None if self.experts is None else 0, rows).values())
+
 
 def expert_entry(entry: TensorEntry, index: int) -> TensorEntry:
     """One item along a tensor's leading dimension; of a vector, a single element [1]."""
     spec = TensorSpec(entry.spec.dtype, entry.spec.shape[1:] or (1,))
     return TensorEntry(entry.name, entry.file, entry.offset + index * spec.nbytes, spec)
+
+
+def rank_prefix(rank: int | None) -> str:
+    """How the names of what one rank has begin in an output; of what all have, with nothing."""
+    return "" if rank is None else f"rank{rank}."
 
 
 class Recipe(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -94,9 +135,11 @@ class Convert(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="conver
     """An output module: source tensors through a layout.
 
     ``outputs`` are the layout's tensors where they lie in the output; ``beside`` those carried over
-    unchanged (a joined module's parts are joined along dimension 0), by local name. ``joint``
-    stands between the module's name and theirs: an engine's stacked experts are parameters
-    ``w13_weight`` of one module, not modules.
+    unchanged (a joined module's parts are joined along dimension 0), by local
+    name; of a rank's module they are copies, which all ranks have. ``joint`` stands between the
+    module's name and theirs: an engine's stacked experts are parameters ``w13_weight`` of one
+    module, not modules. ``rank`` is the one that has it, where not all have;
+    the name then begins with :func:`rank_prefix`.
     """
 
     name: str
@@ -105,11 +148,17 @@ class Convert(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="conver
     outputs: tuple[TensorEntry, ...]
     beside: dict[str, TensorEntry] = {}
     joint: Literal[".", "_"] = "."
+    rank: Size | None = None
 
     @property
     def prefix(self) -> str:
         """How the full name of every tensor of it begins; the local name follows."""
         return self.name + self.joint
+
+    @property
+    def place(self) -> str:
+        """The name of the module that it is in the model, whatever the rank."""
+        return self.name.removeprefix(rank_prefix(self.rank))
 
     @cached_property
     def units(self) -> tuple[Assembly, ...]:
@@ -157,10 +206,9 @@ class Convert(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="conver
     @cached_property
     def input_bytes(self) -> int:
         """Source bytes of one unit, the largest."""
-        each = [source.nbytes // (source.experts or 1) for source in self.sources]
+        kinds = {tuple((part.source, part.rows) for part in leaves(unit)) for unit in self.units}
         return max(
-            sum(each[index] for index in {part.source for part in leaves(unit)})
-            for unit in self.units
+            sum(self.sources[index].unit_bytes(rows) for index, rows in kind) for kind in kinds
         )
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from ctconvert.assembly import leaves
+from ctconvert.assembly import Rectangle, leaves, lines, rectangle
 from ctconvert.records.plan import Convert, SourceModule
 from ctconvert.specs import TensorSpec, WeightSpec
 
@@ -90,4 +90,27 @@ def wrong_units(modules: Iterable[Convert]) -> str | None:
                     f"module {module.name}: {source.name} lies in other units than it can be "
                     "restored from"
                 )
+    return None
+
+
+def wrong_tiles(modules: Iterable[Convert]) -> str | None:
+    """The first source weight of which the modules do not hold all, each element once.
+
+    What one rank has another may have too, the very same rectangle.
+    """
+    held: dict[tuple[str, int | None], dict[Rectangle, set[int | None]]] = {}
+    sources: dict[str, SourceModule] = {}
+    for module in modules:
+        for part in leaves(module.recipe.assembly):
+            source = module.sources[part.source]
+            sources[source.name] = source
+            places = held.setdefault((source.name, part.expert), {})
+            ranks = places.setdefault(rectangle(part, source.weight), set())
+            if module.rank in ranks or None in ranks or (ranks and module.rank is None):
+                return f"module {source.name}: the output's modules do not hold all of it once"
+            ranks.add(module.rank)
+    for (name, _), places in held.items():
+        weight = sources[name].weight
+        if lines(places, weight.n, weight.k) is None:
+            return f"module {name}: the output's modules do not hold all of it once"
     return None

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ctconvert.errors import ConversionError, VerificationError
+from ctconvert.assembly import Part, leaves
+from ctconvert.errors import ConversionError, UsageError, VerificationError
 from ctconvert.layouts import get as get_layout
 from ctconvert.output import Output
-from ctconvert.records import Convert
+from ctconvert.records import Convert, rank_prefix
 from ctconvert.runtime import kernels
 from ctconvert.runtime.kernels import Binding
 from ctconvert.runtime.modules import (
@@ -111,6 +112,8 @@ class Loader:
         bias = None
         if (entry := module.beside.get("bias")) is not None:
             bias = self.tensor(entry.name, entry.file)
+        elif module.rank is not None and "bias" in module.sources[0].beside:
+            bias = self._rank_bias(module)
         kind = KernelEmbedding if binding.spec.embedding else KernelLinear
         if module.experts is None:
             return {name: kind(binding, tensors, bias)}
@@ -122,8 +125,25 @@ class Loader:
             found[name] = KernelExperts(binding, tensors, bias)
         return found
 
+    def _rank_bias(self, module: Convert) -> torch.Tensor | None:
+        """The rank's rows of what all ranks have; where K is cut, the first rank alone adds it."""
+        if any((part.columns or (0, 0))[0] for part in leaves(module.units[0])):
+            return None
+        each = [
+            torch.cat([self._part_bias(module, part) for part in leaves(unit)])
+            for unit in module.units
+        ]
+        return each[0] if module.experts is None else torch.stack(each)
 
-def load(out: str | Path, device: str = "auto") -> Modules:
+    def _part_bias(self, module: Convert, part: Part) -> torch.Tensor:
+        name = module.sources[part.source].beside["bias"].name
+        whole = self.tensor(name, self.output.plan.entries[name].file)
+        if part.expert is not None:
+            whole = whole[part.expert]
+        return whole if part.rows is None else whole[slice(*part.rows)]
+
+
+def load(out: str | Path, device: str = "auto", rank: int | None = None) -> Modules:
     """The converted modules of a checkpoint, by name, ready to be called.
 
     Tensors go from the file to the device once; on the CPU they stay mapped. The expert ``e`` of a
@@ -133,14 +153,23 @@ def load(out: str | Path, device: str = "auto") -> Modules:
     Args:
         out: a converted checkpoint.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``.
+        rank: of a checkpoint cut for tensor parallelism, whose modules, which have the names of
+            whole ones; ``NAME.e`` then counts the rank's experts. The product of one that is cut
+            along K is to be summed over the ranks, the first of which adds the bias.
 
     Raises:
-        UsageError: there is no such directory or device.
+        UsageError: there is no such directory or device, or no such rank.
         VerificationError: the manifest is damaged or does not fit the files.
     """
     with Loader(out, device) as loader:
+        ranks = loader.output.plan.options.tensor_parallel
+        if rank is None and ranks > 1:
+            raise UsageError(f"{out}: cut for {ranks} ranks; say which to load: rank=0")
+        if not 0 <= (rank or 0) < ranks:
+            raise UsageError(f"{out}: there is no rank {rank} of {ranks}")
         return {
-            name: module
-            for whole in loader.bindings
-            for name, module in loader.modules(whole).items()
+            name.removeprefix(rank_prefix(module.rank)): made
+            for module in loader.converted.values()
+            if module.rank in (None, rank)
+            for name, made in loader.modules(module.name).items()
         }

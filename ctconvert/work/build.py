@@ -16,6 +16,7 @@ from ctconvert.planning.place import disk_bytes, index_of, spool_bytes
 from ctconvert.progress import Progress
 from ctconvert.records import (
     FORMAT_VERSION,
+    LARGEST_MANIFEST,
     FileRecord,
     Manifest,
     Plan,
@@ -37,6 +38,9 @@ from ctconvert.work.jobs import Context, HashJob
 from ctconvert.work.journal import Identity
 from ctconvert.work.staging import Staging, discard_leftovers, unfinished_run
 from ctconvert.work.verify import verify_output
+
+#: Tensors from which on the size of the manifest is worth a look.
+_MANY = 100_000
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def build(plan: Plan, store: Store, out: Path, settings: Settings) -> Report:
         ConversionError: the disk is full, a transform failed, or the source changed meanwhile.
     """
     refuse(plan)
+    _check_manifest(plan)
     if settings.resume and settings.overwrite:
         raise UsageError("--resume and --overwrite contradict each other; give one of them")
     local = store if isinstance(store, LocalStore) else None
@@ -89,6 +94,21 @@ def build(plan: Plan, store: Store, out: Path, settings: Settings) -> Report:
             return done
         resumed = _Build(plan, store, out, settings).run()
     return _report(plan, out, resumed)
+
+
+def _check_manifest(plan: Plan) -> None:
+    """Raises UsageError where the manifest would be larger than what is read."""
+    if len(plan.entries) < _MANY:
+        return
+    size = len(to_json(plan, indent=1)) + sum(len(name) + 80 for name in plan.entries)
+    if size > LARGEST_MANIFEST:
+        advice = (
+            "--expert-parallel, or fewer ranks" if plan.options.tensor_parallel > 1 else "--fuse"
+        )
+        raise UsageError(
+            f"its manifest would have {size} bytes, and {LARGEST_MANIFEST} are the most that is "
+            f"read: use {advice}"
+        )
 
 
 def _asked(plan: Plan) -> str:
@@ -280,13 +300,12 @@ class _Hashing:
 
 def _report(plan: Plan, out: Path, resumed: int) -> Report:
     converted = plan.kind == "converted"
-    restored = sum(len(item.modules) for item in plan.items if hasattr(item, "modules"))
     sources: Mapping[str, int] = {file.name: file.size for file in plan.source.files}
     return Report(
         out=str(out),
         target=plan.options.target,
         layouts=plan.layouts(),
-        modules=len(plan.modules) if converted else restored,
+        modules=len(plan.modules if converted else plan.restored),
         copied_tensors=len(plan.copies),
         kept=plan.kept,
         shards=len(plan.shards),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from ctconvert import layouts
-from ctconvert.assembly import Axis, Part, Slice, can_cut, can_join, expanded
+from ctconvert.assembly import Axis, Part, can_cut, can_join, expanded
 from ctconvert.errors import BadInputError, UsageError
 from ctconvert.formats.patterns import Patterns
 from ctconvert.formats.quantization import QuantizationSettings, guess_class
@@ -16,21 +18,13 @@ from ctconvert.planning.assemble import FUSED, Candidate
 from ctconvert.planning.choose import Chooser, check_options
 from ctconvert.planning.describe import Description, describe
 from ctconvert.planning.make import make_plan
+from ctconvert.planning.ranks import axis_of, heads_of
 from ctconvert.progress import Progress
 from ctconvert.records import Examination, Finding, Options, SourceModule
 from ctconvert.specs import WeightSpec
 from ctconvert.store.checkpoint import CONFIG, Checkpoint
 from ctconvert.work.executors import Executor
 
-#: How engines cut a layer over ranks, by the last part of its name: its outputs, or its inputs.
-_OUTPUTS = frozenset(
-    {
-        *("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "q_b_proj"),
-        *("kv_b_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "c_fc"),
-        "dense_h_to_4h",
-    }
-)
-_INPUTS = frozenset({"o_proj", "out_proj", "down_proj", "w2", "fc2", "c_proj", "dense_4h_to_h"})
 #: Local names that only a quantised weight's tensors have.
 _QUANTISED = frozenset(
     {
@@ -207,23 +201,12 @@ def _unowned(description: Description) -> Iterator[Finding]:
         yield _warning("unowned", f"tensor {name} is in no index, and no loader reads it")
 
 
-def _heads(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """The numbers of attention heads, and of those of keys and values, as far as config says."""
-    inner = config.get("text_config")
-    parts = [config, *([inner] if isinstance(inner, Mapping) else [])]
-
-    def number(key: str) -> int | None:
-        found = [part[key] for part in parts if isinstance(part.get(key), int)]
-        return found[0] if found and found[0] > 0 else None
-
-    return number("num_attention_heads"), number("num_key_value_heads")
-
-
 def _splits(
     description: Description, options: Options | None, splits: Sequence[int]
 ) -> Iterator[Finding]:
     """What cannot be cut, or what no layout of the target takes when it is."""
-    heads, shared = _heads(description.checkpoint.config)
+    found = heads_of(description.checkpoint.config)
+    heads, shared = found.count, found.shared
     chooser = None if options is None else Chooser(options, description.checkpoint.config)
     known: dict[tuple[WeightSpec, Axis, int], str] = {}
     for split in splits:
@@ -234,7 +217,7 @@ def _splits(
         if split == 1:
             continue  # nothing is cut
         for module in description.modules.values():
-            axis = _axis(module.name)
+            axis = axis_of(module.name)
             if axis is None or module.source is None or module.reason:
                 continue
             ranks = split
@@ -247,15 +230,13 @@ def _splits(
                 yield _error("split", known[key], module.name, split)
 
 
-def _axis(name: str) -> Axis | None:
-    """How a module is cut; None where it is not, or nothing tells."""
-    leaf = name.rpartition(".")[2]
-    return "n" if leaf in _OUTPUTS else "k" if leaf in _INPUTS else None
-
-
 def _refused(source: SourceModule, axis: Axis, ranks: int, chooser: Chooser | None) -> str:
     """Why a rank's part is none that can run; nothing where it can, or a whole could not either."""
-    support = can_cut(expanded(source.weight), axis, ranks)
+    size = source.weight.n if axis == "n" else source.weight.k
+    if size % ranks:
+        return f"{axis.upper()} = {size} is no multiple of {ranks} ranks"
+    some = (0, size // ranks)
+    support = can_cut(expanded(source.weight), axis, some)
     if not support:
         return support.reason
     if chooser is None:
@@ -263,16 +244,18 @@ def _refused(source: SourceModule, axis: Axis, ranks: int, chooser: Chooser | No
     part = Part(0, None if source.experts is None else 0)
     if isinstance(chooser.choice(Candidate(source.name, (source,), part)), str):
         return ""  # which is a finding of its own
-    candidate = Candidate(source.name, (source,), Slice(part, axis, 0, ranks))
+    cut = replace(part, rows=some) if axis == "n" else replace(part, columns=some)
+    candidate = Candidate(source.name, (source,), cut)
     made = chooser.choice(candidate)
     if isinstance(made, str):
         return made
-    cut, padded = candidate.weight, made.recipe.weight
-    if (cut.n, cut.k) == (padded.n, padded.k) or _as_it_is(cut, chooser.options):
+    weight, padded = candidate.weight, made.recipe.weight
+    if (weight.n, weight.k) == (padded.n, padded.k) or _as_it_is(weight, chooser.options):
         return ""
     return (
-        f"a rank's {cut.n}x{cut.k} would have to be padded to {padded.n}x{padded.k} for "
-        f"{made.recipe.layout}, and what an engine cuts when it loads cannot be"
+        f"a rank's {weight.n}x{weight.k} would have to be padded to {padded.n}x{padded.k} for "
+        f"{made.recipe.layout}, and what an engine cuts when it loads cannot be; "
+        "repack --tensor-parallel can"
     )
 
 

@@ -88,8 +88,9 @@ class JudgeJob(PartJob):
             finally:
                 context.progress.advance(source.nbytes // (source.experts or 1))
             ours = dense_weight(_whole(fragment.weight, source))
-            rows = slice(fragment.row, fragment.row + ours.shape[0])
-            columns = slice(fragment.column, fragment.column + ours.shape[1])
+            place = fragment.place
+            rows = slice(place.row, place.row + place.n)
+            columns = slice(place.column, place.column + place.k)
             if wrong := difference(theirs[rows, columns], ours):
                 raise VerificationError(f"module {source.name}: weight{wrong}", module=source.name)
             found.append("")

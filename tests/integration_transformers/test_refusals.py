@@ -275,3 +275,11 @@ def test_without_the_import_weights_are_random_and_with_it_a_hub_id_loads(
     for found in torch.load(tmp_path / "logits.pt"):
         assert torch.equal(found, expected)
     assert hub.sent["ctconvert.json"] == (out / "ctconvert.json").stat().st_size
+
+
+def test_a_checkpoint_that_is_cut_for_ranks(tmp_path: Path) -> None:
+    source, out = llama(tmp_path / "in"), tmp_path / "out"
+    kept = ["*.down_proj"]  # whose groups would be cut
+    ctconvert.repack(source, out, target="triton", device="cpu", tensor_parallel=2, exclude=kept)
+    with pytest.raises(UsageError, match="cut for 2 ranks, which transformers does not load"):
+        load_model(out, "cpu")

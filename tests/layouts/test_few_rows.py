@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.block_floats import FP8, fp8_group, mxfp8, mxfp8_group, nvfp4, nvfp4_group
 from support.builders import (
     DYNAMIC_INT8,
     config_of,
     group_config,
     module,
-    quantised,
     weight_args,
     write_checkpoint,
 )
 from support.reference import framed, load_tensors, pack_last, unsigned_codes
 from support.roundtrip import convert_and_back
+from support.schemes import LAYOUT_GROUPS, module_of
 
 import ctconvert
 from ctconvert.assembly import Pad
@@ -29,69 +28,26 @@ from ctconvert.layouts import LAYOUTS
 from ctconvert.output import Output
 
 ROWS, K = (1, 4, 12, 100), 256
-FP4 = weight_args(4, 32, kind="float")
-W4A8_FP8 = DYNAMIC_INT8 | {"type": "float"}
-#: What each layout is tried with.
-GROUPS: dict[str, list[dict[str, Any]]] = {
-    "triton-wna16": [group_config(weight_args(bits, 32, False)) for bits in (2, 4, 8)]
-    + [group_config(weight_args(4, None), format="int-quantized")],
-    "marlin": [group_config(weight_args(bits, 32, False)) for bits in (4, 8)],
-    "marlin-mxfp4": [group_config(FP4, format="mxfp4-pack-quantized")],
-    "scaled-mm": [group_config(weight_args(8, None), format="int-quantized", inputs=DYNAMIC_INT8)],
-    "xpu-w4a8": [group_config(weight_args(4, 32), inputs=DYNAMIC_INT8)],
-    "xpu-w4a16": [group_config(weight_args(4, 64)), group_config(weight_args(4, None))],
-    "machete": [group_config(weight_args(bits, 64, False)) for bits in (4, 8)],
-    "humming": [group_config(weight_args(4, 32, False)), group_config(weight_args(8, 32))],
-    "humming-nvfp4": [nvfp4_group()],
-    "marlin-nvfp4": [nvfp4_group(False)],
-    "marlin-nvfp4-f16": [nvfp4_group()],
-    "marlin-fp8": [
-        fp8_group(),
-        fp8_group("tensor"),
-        fp8_group("block", block_structure=[128, 128]),
-        fp8_group("block", block_structure=[2, 64]),
-    ],
-    "marlin-fp8-f16": [fp8_group(inputs=FP8)],
-    "marlin-mxfp8": [mxfp8_group()],
-    "nvfp4-cutlass": [nvfp4_group()],
-    "mxfp8-swizzled": [mxfp8_group(True)],
-    "mxfp4-swizzled": [
-        group_config(FP4, format="mxfp4-pack-quantized", inputs=FP4 | {"dynamic": True})
-    ],
-    "w4a8-fp8": [
-        group_config(weight_args(4, 128), format=format, inputs=W4A8_FP8)
-        for format in ("int-quantized", "pack-quantized")
-    ],
-    "cpu-w4a16": [group_config(weight_args(4, 32, False))],
-    "cpu-w4a8": [group_config(weight_args(4, None, False), inputs=DYNAMIC_INT8)],
-    "cpu-int8": [group_config(weight_args(8, None), format="int-quantized", inputs=DYNAMIC_INT8)],
-}
 #: A 2:4 kernel copies eight rows at a time; a look-up has no tiles.
 WITHOUT = {"cutlass-sparse24", "gather"}
-CASES = [(name, index) for name, groups in GROUPS.items() for index in range(len(groups))]
+CASES = [(name, index) for name, groups in LAYOUT_GROUPS.items() for index in range(len(groups))]
 
 
 def checkpoint(folder: Path, group: dict[str, Any]) -> tuple[Path, dict[str, torch.Tensor]]:
     """Modules ``n1.down_proj``, ... of each number of rows."""
     tensors: dict[str, torch.Tensor] = {}
     for n in ROWS:
-        if group["format"] == "nvfp4-pack-quantized":
-            made = nvfp4(n, K, n, inputs=bool(group["input_activations"]))
-        elif group["format"] == "mxfp8-quantized":
-            made = mxfp8(n, K, n)
-        else:
-            made = quantised(n, K, group, n)
-        tensors |= module(f"n{n}.down_proj", made)
+        tensors |= module(f"n{n}.down_proj", module_of(n, K, group, n))
     return write_checkpoint(folder / "in", tensors, config_of(group)), tensors
 
 
 def test_every_layout_is_tried() -> None:
-    assert GROUPS.keys() == {layout.name for layout in LAYOUTS} - WITHOUT
+    assert LAYOUT_GROUPS.keys() == {layout.name for layout in LAYOUTS} - WITHOUT
 
 
 @pytest.mark.parametrize(("layout", "index"), CASES)
 def test_few_rows(layout: str, index: int, tmp_path: Path) -> None:
-    source, _ = checkpoint(tmp_path, GROUPS[layout][index])
+    source, _ = checkpoint(tmp_path, LAYOUT_GROUPS[layout][index])
     convert_and_back(source, tmp_path, "cuda", layout={"*": layout})
     modules = Output.open(tmp_path / "cuda-out").plan.modules
     assert [item.logical.n for item in modules] == sorted(ROWS, key=str)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from support.builders import DYNAMIC_INT8, STATIC_INT8, group_config, weight_args
+import torch
+
+from support.block_floats import FP8, fp8_group, mxfp8, mxfp8_group, nvfp4, nvfp4_group
+from support.builders import DYNAMIC_INT8, STATIC_INT8, group_config, quantised, weight_args
 
 #: Columns of the tables below, and the short names in them; ``-`` is a refusal.
 COLUMNS = ("triton", "cuda", "cuda-sm80", "cuda-sm90", "cuda-sm100", "rocm", "xpu", "cpu")
@@ -122,3 +125,50 @@ FRESH: dict[str, tuple[dict[str, Any], dict[str, set[str]]]] = {
         row("t m m ma m t x8 c8"),
     ),
 }
+
+FP4 = weight_args(4, 32, kind="float")
+W4A8_FP8 = DYNAMIC_INT8 | {"type": "float"}
+#: What each layout is tried with, but the 2:4 one and the one for tables.
+LAYOUT_GROUPS: dict[str, list[dict[str, Any]]] = {
+    "triton-wna16": [group_config(weight_args(bits, 32, False)) for bits in (2, 4, 8)]
+    + [group_config(weight_args(4, None), format="int-quantized")],
+    "marlin": [group_config(weight_args(bits, 32, False)) for bits in (4, 8)],
+    "marlin-mxfp4": [group_config(FP4, format="mxfp4-pack-quantized")],
+    "scaled-mm": [group_config(weight_args(8, None), format="int-quantized", inputs=DYNAMIC_INT8)],
+    "xpu-w4a8": [group_config(weight_args(4, 32), inputs=DYNAMIC_INT8)],
+    "xpu-w4a16": [group_config(weight_args(4, 64)), group_config(weight_args(4, None))],
+    "machete": [group_config(weight_args(bits, 64, False)) for bits in (4, 8)],
+    "humming": [group_config(weight_args(4, 32, False)), group_config(weight_args(8, 32))],
+    "humming-nvfp4": [nvfp4_group()],
+    "marlin-nvfp4": [nvfp4_group(False)],
+    "marlin-nvfp4-f16": [nvfp4_group()],
+    "marlin-fp8": [
+        fp8_group(),
+        fp8_group("tensor"),
+        fp8_group("block", block_structure=[128, 128]),
+        fp8_group("block", block_structure=[2, 64]),
+    ],
+    "marlin-fp8-f16": [fp8_group(inputs=FP8)],
+    "marlin-mxfp8": [mxfp8_group()],
+    "nvfp4-cutlass": [nvfp4_group()],
+    "mxfp8-swizzled": [mxfp8_group(True)],
+    "mxfp4-swizzled": [
+        group_config(FP4, format="mxfp4-pack-quantized", inputs=FP4 | {"dynamic": True})
+    ],
+    "w4a8-fp8": [
+        group_config(weight_args(4, 128), format=format, inputs=W4A8_FP8)
+        for format in ("int-quantized", "pack-quantized")
+    ],
+    "cpu-w4a16": [group_config(weight_args(4, 32, False))],
+    "cpu-w4a8": [group_config(weight_args(4, None, False), inputs=DYNAMIC_INT8)],
+    "cpu-int8": [group_config(weight_args(8, None), format="int-quantized", inputs=DYNAMIC_INT8)],
+}
+
+
+def module_of(n: int, k: int, group: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    """The tensors of a module of such a group, by local name."""
+    if group["format"] == "nvfp4-pack-quantized":
+        return nvfp4(n, k, seed, inputs=bool(group["input_activations"]))
+    if group["format"] == "mxfp8-quantized":
+        return mxfp8(n, k, seed)
+    return quantised(n, k, group, seed)

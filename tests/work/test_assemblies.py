@@ -1,7 +1,7 @@
 """Output weights made of parts of source weights: cut, joined, padded and stacked, and back.
 
-Tensor-parallel ranks need no code but plans: here these are made by hand, of every format, built,
-and what the output holds is put together again.
+Plans are made by hand here, of every format, built, and what the output holds is put together
+again.
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ from ctconvert.assembly import (
     Concat,
     Pad,
     Part,
-    Slice,
     Stack,
     assembled,
-    can_cut,
     can_join,
     expanded,
     leaves,
@@ -202,15 +200,22 @@ def check_files(output: Output, description: Description, back: Path) -> None:
 # --- ranks ---------------------------------------------------------------------------------------
 
 
-def ranks_of(axis: Axis, ranks: int) -> list[Assembly]:
-    return [Slice(Part(0), axis, rank, ranks) for rank in range(ranks)]
+def part_of(source: int, axis: Axis, some: tuple[int, int], expert: int | None = None) -> Part:
+    if axis == "n":
+        return Part(source, expert, rows=some)
+    return Part(source, expert, columns=some)
+
+
+def ranks_of(axis: Axis, ranks: int, source: SourceModule, index: int = 0) -> list[Assembly]:
+    size = source.weight.n if axis == "n" else source.weight.k
+    share = size // ranks
+    return [part_of(index, axis, (rank * share, (rank + 1) * share)) for rank in range(ranks)]
 
 
 def check_ranks(description: Description, axis: Axis, ranks: int, folder: Path) -> None:
     """The first module in ranks, in every layout that takes them; the second as it is."""
     source, other = modules(description)
-    assert can_cut(expanded(source.weight), axis, ranks)
-    cuts = ranks_of(axis, ranks)
+    cuts = ranks_of(axis, ranks, source)
     layouts = supporting(cuts[0], [source])
     assert layouts
     for layout in layouts:
@@ -258,9 +263,15 @@ def test_ranks_of_experts(folder: Path) -> None:
     (module,) = description.modules.values()
     source = module.source
     assert source is not None and source.experts == 3
-    for axis in ("n", "k"):
+    axes: tuple[tuple[Axis, int], ...] = (("n", N), ("k", K))
+    for axis, size in axes:
         trees = [
-            Stack(tuple(Slice(Part(0, expert), axis, rank, 2) for expert in range(3)))
+            Stack(
+                tuple(
+                    part_of(0, axis, (rank * size // 2, (rank + 1) * size // 2), expert)
+                    for expert in range(3)
+                )
+            )
             for rank in range(2)
         ]
         (layout, *_) = supporting(trees[0], [source])
@@ -306,10 +317,10 @@ def test_parts_of_a_weight_in_several_units_are_refused(
 ) -> None:
     description = sources["int4 group"]
     source, other = modules(description)
-    halves = tuple(Slice(Part(0), "n", rank, 2) for rank in range(2))
+    halves = tuple(ranks_of("n", 2, source))
     trees: list[Assembly] = [Stack(halves)]
     if where == "two modules":
-        trees = [Stack((halves[0], Slice(Part(1), "n", 0, 3))), Slice(Part(0), "n", 1, 2)]
+        trees = [Stack((halves[0], Part(1, rows=(0, N // 2)))), halves[1]]
     (layout, *_) = supporting(halves[0], [source])
     wanted = [
         Wanted(
@@ -335,18 +346,15 @@ def test_a_rank_that_is_missing_or_too_many_is_seen(
 ) -> None:
     description = sources["int4 group"]
     source, other = modules(description)
-    (layout, *_) = supporting(Slice(Part(0), "n", 0, 2), [source])
+    halves = ranks_of("n", 2, source)
+    (layout, *_) = supporting(halves[0], [source])
     wanted = [
-        Wanted(f"{source.name}.{number}", (source,), Slice(Part(0), "n", rank, 2), layout)
+        Wanted(f"{source.name}.{number}", (source,), halves[rank], layout)
         for number, rank in enumerate(ranks)
     ]
     wanted.append(Wanted(other.name, (other,), Part(0), layout))
-    output = built(hand_made(description, wanted), description, folder / "out")
-    plan = restore_plan(output.manifest, "out", 20_000)
     with pytest.raises(VerificationError, match=rf"{source.name}.*do not hold all of it once"):
-        build(plan, output.store, folder / "back", Settings(Inline(), Silent()))
-    with pytest.raises(VerificationError, match=rf"{source.name}.*do not hold all of it once"):
-        put_together(output, output.plan.modules, source)
+        built(hand_made(description, wanted), description, folder / "out")
 
 
 # --- trees ---------------------------------------------------------------------------------------
@@ -357,24 +365,17 @@ def test_a_rank_that_is_missing_or_too_many_is_seen(
 def test_ranks_of_a_joined_weight(
     sources: dict[str, Description], folder: Path, scheme: str, axis: Axis
 ) -> None:
-    """Two ways that differ along N: the rank of a join, and the join of ranks as kernels want."""
+    """The join of ranks, as kernels want it."""
     description = sources[scheme]
     parts = tuple(modules(description))
     if not can_join([expanded(part.weight) for part in parts]):
         pytest.fail(f"{scheme} cannot be joined")
-    joined = Concat((Part(0), Part(1)))
-    trees = {
-        "rank of the join": [Slice(joined, axis, rank, 2) for rank in range(2)],
-        "join of the ranks": [
-            Concat(tuple(Slice(Part(index), axis, rank, 2) for index in range(2)))
-            for rank in range(2)
-        ],
-    }
-    for name, cuts in trees.items():
-        (layout, *_) = supporting(cuts[0], parts)
-        wanted = [Wanted(f"fused.rank{rank}", parts, cut, layout) for rank, cut in enumerate(cuts)]
-        output = built(hand_made(description, wanted), description, folder / name)
-        check_all(output, description, folder / f"{name} back")
+    each = [ranks_of(axis, 2, part, index) for index, part in enumerate(parts)]
+    cuts = [Concat(tuple(cuts[rank] for cuts in each)) for rank in range(2)]
+    (layout, *_) = supporting(cuts[0], parts)
+    wanted = [Wanted(f"fused.rank{rank}", parts, cut, layout) for rank, cut in enumerate(cuts)]
+    output = built(hand_made(description, wanted), description, folder / "out")
+    check_all(output, description, folder / "back")
 
 
 def test_a_stack_of_what_was_two_modules(folder: Path) -> None:
@@ -443,27 +444,33 @@ def test_padding_that_is_not_zero_is_no_padding(
 def random_tree(chance: random.Random, parts: list[SourceModule], depth: int) -> Assembly:
     """A tree without a stack; not every one can be assembled."""
     kind = chance.choice(["part", "concat", "slice", "slice", "pad"] if depth else ["part"])
+    index = chance.randrange(len(parts))
     if kind == "part":
-        return Part(chance.randrange(len(parts)))
+        return Part(index)
+    if kind == "slice":
+        weight = parts[index].weight
+        return Part(index, rows=some(chance, weight.n), columns=some(chance, weight.k))
     if kind == "concat":
         count = chance.randint(1, 3)
         return Concat(tuple(random_tree(chance, parts, depth - 1) for _ in range(count)))
     inner = random_tree(chance, parts, depth - 1)
-    if kind == "slice":
-        ranks = chance.choice([1, 2, 4])
-        axis: Axis = "n" if chance.random() < 0.5 else "k"
-        return Slice(inner, axis, chance.randrange(ranks), ranks)
     spec = assembled(inner, [part.weight for part in parts])
     if depth < 3 or spec.bits == 3:
-        return inner  # what is cut or joined is not padded, nor are codes of 3 bits
+        return inner  # what is joined is not padded, nor are codes of 3 bits
     return Pad(inner, spec.n + 64 * chance.randrange(3), spec.k + 128 * chance.randrange(2))
+
+
+def some(chance: random.Random, size: int) -> tuple[int, int] | None:
+    """Whole 32nds of rows or columns, wherever they begin and end; all where None."""
+    first, last = sorted(chance.sample(range(0, size + 1, 32), 2))
+    return chance.choice([None, (first, last)])
 
 
 def inside(tree: Assembly) -> Iterator[Assembly]:
     yield tree
     for child in tree.parts if isinstance(tree, Concat | Stack) else ():
         yield from inside(child)
-    if isinstance(tree, Slice | Pad):
+    if isinstance(tree, Pad):
         yield from inside(tree.part)
 
 
@@ -475,7 +482,7 @@ def test_what_is_decoded_is_what_was_encoded(sources: dict[str, Description], sc
     specs = [part.weight for part in parts]
     store = description.checkpoint.store
     chance = random.Random(scheme)
-    tried = done = 0
+    tried = done = cuts = 0
     kinds: set[str] = set()
     while tried < 200 and done < 25:
         tried += 1
@@ -490,15 +497,15 @@ def test_what_is_decoded_is_what_was_encoded(sources: dict[str, Description], sc
             assert tuple(weight.scale.shape) == spec.scale_shape
         done += 1
         kinds |= {type(node).__name__ for node in inside(tree)}
+        cuts += sum(bool(leaf.rows or leaf.columns) for leaf in leaves(tree))
         held = 0
-        for fragment in codec._fragments(tree, specs, weight, 0, 0):
+        for fragment in codec._fragments(tree, specs, weight):
             source = parts[fragment.part.source]
             whole = codec.cuts.expand(weight_of(source, description))
-            some = fragment.weight.spec
-            want = codec.cuts.rows(whole, fragment.row, fragment.row + some.n)
-            want = codec.cuts.columns(want, fragment.column, fragment.column + some.k)
+            row, column, n, k = fragment.place
+            want = codec.cuts.columns(codec.cuts.rows(whole, row, row + n), column, column + k)
             assert codec.first_difference(want, fragment.weight) is None, tree
-            held += some.n * some.k
+            held += n * k
         if not any(isinstance(node, Pad) for node in inside(tree)):
             assert held == spec.n * spec.k, tree
         for layout in supporting(tree, parts):
@@ -508,4 +515,4 @@ def test_what_is_decoded_is_what_was_encoded(sources: dict[str, Description], sc
                 assert codec.first_difference(weight, decoded) is None, (tree, layout.name)
         assert all(leaf.source < len(parts) for leaf in leaves(tree))
         assert unpadded(tree, specs).n <= spec.n
-    assert done == 25 and {"Part", "Slice", "Concat"} <= kinds
+    assert done == 25 and {"Part", "Concat"} <= kinds and cuts

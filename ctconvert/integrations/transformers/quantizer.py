@@ -178,7 +178,7 @@ def _opened(files: list[Path], config: Any) -> Output:
 
     Raises:
         VerificationError: they are not all of its weights, or the manifest is damaged.
-        UsageError: it cannot be fetched from the Hub.
+        UsageError: it cannot be fetched from the Hub, or is cut for several ranks.
     """
     folder = files[0].parent
     if folder.parent.name == "snapshots":  # of the Hub's cache, which holds what was asked for
@@ -190,6 +190,11 @@ def _opened(files: list[Path], config: Any) -> Output:
     found, wanted = {file.name for file in files}, {shard.name for shard in output.plan.shards}
     if output.plan.kind != "converted":
         raise VerificationError(f"{folder}: it is a restored checkpoint, not a converted one")
+    if (ranks := output.plan.options.tensor_parallel) > 1:
+        raise UsageError(
+            f"{folder}: cut for {ranks} ranks, which transformers does not load; convert it "
+            "without --tensor-parallel"
+        )
     if found != wanted:
         odd = sorted(found ^ wanted)[0]
         raise VerificationError(f"{folder / odd}: it and the manifest do not belong together")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 import vllm
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -14,11 +16,22 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from ctconvert.errors import UsageError
 from ctconvert.integrations.vllm.served import UNREAD, Served
+from ctconvert.records import rank_prefix
 
 logger = init_logger("vllm.ctconvert")
 
 #: Versions of vLLM that the plugin's tests pass with; another is told of, once.
 TESTED = ("0.32.0",)
+
+
+class _OwnRank:
+    """A renaming of vLLM's mappers: takes the prefix of a rank away."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def rename_source_key(self, source_key: str) -> tuple[str, None]:
+        return source_key.removeprefix(self.prefix), None
 
 
 class CtconvertConfig(QuantizationConfig):
@@ -32,6 +45,9 @@ class CtconvertConfig(QuantizationConfig):
     def served(self) -> Served:
         if self._served is None:
             raise UsageError("vLLM did not say where the checkpoint lies: use vLLM 0.26 or newer")
+        if self._served.ranks > 1:
+            parallel = get_tp_group()
+            self._served.of_rank(parallel.rank_in_group, parallel.world_size)
         return self._served
 
     def get_name(self) -> str:
@@ -68,17 +84,26 @@ class CtconvertConfig(QuantizationConfig):
         self.served.rename(hf_to_vllm_mapper.apply_list)
 
     def get_cache_scale_mapper(self) -> Any:
-        """Drops what no kernel reads; vLLM 0.26 asks for this mapper alone."""
+        """Drops what no kernel reads and what other ranks have; 0.26 asks for this mapper alone."""
         from vllm.model_executor.models.utils import WeightsMapper
 
+        served = self.served
         ends = {
             entry.name[len(module.prefix) - 1 :]  # with the joint before the local name
-            for module in self.served.plan.modules
+            for module in served.plan.modules
             for entry in module.outputs
             if entry.name.endswith(UNREAD)
         }
         unread = WeightsMapper(orig_to_new_suffix=dict.fromkeys(sorted(ends)))
-        return super().get_cache_scale_mapper() | unread
+        found = super().get_cache_scale_mapper() | unread
+        if served.rank is None:
+            return found
+        if "orig_to_new_renaming" not in WeightsMapper.__dataclass_fields__:
+            raise UsageError(f"{served.model}: cut for ranks, which this vLLM cannot load")
+        return found | WeightsMapper(
+            orig_to_new_renaming=[_OwnRank(rank_prefix(served.rank))],  # before all else
+            orig_to_new_regex={re.compile(r"^rank\d+\."): None},
+        )
 
     def get_checkpoint_weight_mapper(self) -> Any:
         """Drops nothing more: act-order's columns are read."""

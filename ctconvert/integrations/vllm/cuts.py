@@ -114,7 +114,7 @@ def share(
     if reason:
         raise UsageError(
             f"module {name}: layout {layout.name} cannot be joined or cut to {list(widths)} x "
-            f"{rank_k}: {reason}; use fewer ranks, or convert with --fuse"
+            f"{rank_k}: {reason}; use fewer ranks, or convert with --fuse or --tensor-parallel"
         )
     part = Binding(layout.name, assembly.padded(spec, rank_n, rank_k), (rank_n, padded_k), widths)
     return Share(part, axes(layout, stored_part), False)

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from ctconvert import assembly, layouts
+from ctconvert.assembly import leaves
 from ctconvert.errors import UsageError, VerificationError
 from ctconvert.integrations.vllm.arrivals import Arrivals
 from ctconvert.integrations.vllm.cuts import Held, axes, uncut, unfit
@@ -53,20 +54,32 @@ def method(served: Served, layer: Any, prefix: str) -> FusedMoEMethodBase | None
     }
     if not mine:
         return None
+    given = served.rank is not None and served.plan.options.expert_parallel
+    if served.rank is not None and layer.moe_config.moe_parallel_config.use_ep != given:
+        cut = "whole experts to ranks" if given else "a share of every expert to ranks"
+        raise UsageError(
+            f"module {prefix}: the checkpoint gives {cut}: serve it "
+            f"{'with' if given else 'without'} --enable-expert-parallel"
+        )
     gate, up, down = layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name
     count = layer.moe_config.num_logical_experts
     if mine.keys() == {"w13", "w2"}:
         whole = {"w13": [[mine["w13"]]], "w2": [[mine["w2"]]]}
         return Experts(layer, prefix, whole, served.hashes)
-    wanted = {f"{expert}.{leaf}" for expert in range(count) for leaf in (gate, up, down)}
+    numbers = list(range(count))
+    if given:
+        numbers = sorted({int(name.partition(".")[0]) for name in mine})
+    wanted = {f"{expert}.{leaf}" for expert in numbers for leaf in (gate, up, down)}
     if odd := mine.keys() ^ wanted:
         raise VerificationError(
             f"module {prefix}: vLLM's model has {count} experts with {gate}, {up} and {down}, and "
             f"{prefix}.{min(odd)} is {'one more' if min(odd) in mine else 'not converted'}"
         )
+    # An expert that another rank has is never asked for: the first of this one's stands there.
+    known = [number if number in numbers else numbers[0] for number in range(count)]
     apart = {
-        "w13": [[mine[f"{e}.{gate}"], mine[f"{e}.{up}"]] for e in range(count)],
-        "w2": [[mine[f"{e}.{down}"]] for e in range(count)],
+        "w13": [[mine[f"{e}.{gate}"], mine[f"{e}.{up}"]] for e in known],
+        "w2": [[mine[f"{e}.{down}"]] for e in known],
     }
     return Experts(layer, prefix, apart, served.hashes)
 
@@ -213,6 +226,9 @@ class Experts(FusedMoEMethodBase):
         self.size = intermediate_size_per_partition
         parallel = layer.moe_config.moe_parallel_config
         self.rank, self.ranks = parallel.tp_rank, parallel.tp_size
+        first = self.modules["w13"][0][0]
+        if first.rank is not None:
+            self.rank, self.ranks = 0, 1  # the converter has cut them
         full = self.size * self.ranks
         self.w13 = _stack(
             "w13",
@@ -231,13 +247,16 @@ class Experts(FusedMoEMethodBase):
         total = extra_weight_attrs["global_num_experts"]
         if total != layer.moe_config.num_logical_experts:
             raise UsageError(f"module {self.name}: experts are not repeated (EPLB) by this plugin")
-        held = self.modules["w13"][0][0].experts or len(self.modules["w13"])
-        if held != total:
-            raise UsageError(
-                f"module {self.name}: {held} experts in the manifest, {total} in vLLM's model"
-            )
         places = layer.expert_map.tolist() if layer.expert_map is not None else list(range(total))
         self.places = {expert: place for expert, place in enumerate(places) if place >= 0}
+        held, wanted = first.experts or len(self.modules["w13"]), total
+        if parallel.use_ep and first.rank is not None and first.experts is not None:
+            self.places = self._stacked_places(first)
+            wanted = num_experts
+        if held != wanted:
+            raise UsageError(
+                f"module {self.name}: {held} experts in the manifest, {wanted} in vLLM's model"
+            )
         expected: dict[tuple[str, int], TensorEntry] = {}
         for stack in (self.w13, self.w2):
             for local, one in stack.tensors.items():
@@ -252,6 +271,19 @@ class Experts(FusedMoEMethodBase):
         self.by = "vLLM's fused_marlin_moe" if self.fused else up.by
         self.arrivals = Arrivals(expected, self.hashes)
         layer.load_weights = partial(self._load_all, layer)
+
+    def _stacked_places(self, stack: Convert) -> dict[int, int]:
+        """The places in a rank's own stack, which must hold the experts that vLLM gives it."""
+        numbers = []
+        for unit in stack.units:
+            name = stack.sources[next(leaves(unit)).source].name
+            numbers.append(int(name.rpartition("experts.")[2].partition(".")[0]))
+        if self.places != {expert: place for place, expert in enumerate(numbers)}:
+            raise UsageError(
+                f"module {self.name}: the checkpoint gives this rank the experts {numbers[0]} to "
+                f"{numbers[-1]}, vLLM others: use its linear placement"
+            )
+        return {place: place for place in range(len(numbers))}
 
     def _load_all(self, layer: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
         """Loads tensors by the checkpoint's names below ``experts``; yields the parameters'."""

@@ -22,7 +22,7 @@ from vllm.model_executor.parameter import (
 )
 
 from ctconvert.errors import VerificationError
-from ctconvert.integrations.vllm.arrivals import Arrivals, loaded_elsewhere, noting
+from ctconvert.integrations.vllm.arrivals import Arrivals, loaded_elsewhere, noting, part_of
 from ctconvert.integrations.vllm.cuts import Held, Share, share
 from ctconvert.integrations.vllm.running import Running
 from ctconvert.integrations.vllm.served import UNREAD
@@ -84,6 +84,8 @@ class CtconvertLinear(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         sizes = _sizes(layer, output_size)
+        if self.parts[0].rank is not None:  # the converter has cut them
+            sizes, input_size = output_partition_sizes, input_size_per_partition
         self.make(
             layer,
             share(
@@ -119,13 +121,31 @@ class CtconvertLinear(LinearMethodBase):
         self.names = names
         for local in names:
             held = share.tensors[local]
-            cut = held.n is not None or held.k is not None
-            loader = noting(self.arrivals, local, weight_loader if cut else None)
+            load: Callable[..., Any] | None = None
+            if held.n is not None or held.k is not None:
+                load = weight_loader
+                if self.parts[0].rank is not None:
+                    load = self._putting(local, held.n)
+            loader = noting(self.arrivals, local, load)
             layer.register_parameter(local, parameter(held, share, loader))
+
+    def _putting(self, local: str, dim: int | None) -> Callable[..., None]:
+        """A loader that puts a rank's part, all of it, after those before it along ``dim``."""
+        entries = [part.locals(0)[local] for part in self.parts]
+
+        def load(param: Parameter, tensor: torch.Tensor, *shard: Any, **more: Any) -> None:
+            if dim is None:
+                param.data.copy_(tensor)
+                return
+            index = part_of(shard[0] if shard else more.get("loaded_shard_id"))
+            first = sum(entry.spec.shape[dim] for entry in entries[:index])
+            param.data.narrow(dim, first, tensor.shape[dim]).copy_(tensor)
+
+        return load
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.arrivals.all_came()
-        biased = any("bias" in part.beside for part in self.parts)
+        biased = any("bias" in source.beside for part in self.parts for source in part.sources)
         if biased != (getattr(layer, "bias", None) is not None):
             raise VerificationError(
                 f"module {self.parts[0].name}: "

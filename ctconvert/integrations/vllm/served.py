@@ -37,6 +37,8 @@ class Served:
         self.hashes = manifest.tensors if os.environ.get(VERIFY) == "1" else {}
         if self.plan.kind != "converted":
             raise UsageError(f"{model}: a restored checkpoint, which vLLM loads without ctconvert")
+        self.ranks = self.plan.options.tensor_parallel
+        self.rank: int | None = None
         self.modules = {module.name: module for module in self.plan.modules}
         for module in self.plan.modules:
             _check_layout(module)
@@ -44,6 +46,23 @@ class Served:
     def __reduce__(self) -> tuple[type[Served], tuple[str, str | None]]:
         """Other processes open it again: a large model's manifest is not sent to them."""
         return Served, (self.model, self.revision)
+
+    def of_rank(self, rank: int, ranks: int) -> None:
+        """Keeps the modules that one of vLLM's ranks has, under the names of whole ones.
+
+        Raises:
+            UsageError: the checkpoint is cut for another number of ranks.
+        """
+        if self.ranks == 1 or self.rank is not None:
+            return  # what is not cut vLLM cuts
+        if ranks != self.ranks:
+            raise UsageError(
+                f"{self.model}: cut for {self.ranks} ranks, and vLLM has {ranks}: use "
+                f"--tensor-parallel-size {self.ranks}, or convert again with --tensor-parallel"
+            )
+        self.rank = rank
+        mine = [module for module in self.plan.modules if module.rank in (None, rank)]
+        self.modules = {module.place: module for module in mine}
 
     def rename(self, names: Callable[[list[str]], list[str]]) -> None:
         """Takes the modules by other names, as a model of vLLM's calls them.

@@ -57,15 +57,18 @@ class Vocabulary(CtconvertLinear):
     ) -> None:
         bound = binding(self.parts[0])
         name, rows = self.parts[0].name, layer.org_vocab_size
+        if self.parts[0].rank is not None:  # of a vocabulary that vLLM does not pad
+            rows = layer.num_embeddings_per_partition
         if (bound.spec.n, bound.spec.k) != (rows, input_size):
             raise UsageError(
                 f"module {name}: {bound.spec.n} x {bound.spec.k} in the manifest, {rows} x "
                 f"{input_size} in vLLM's model"
             )
-        if layer.tp_size > 1 or layer.num_added_embeddings:
+        cut = layer.tp_size > 1 and self.parts[0].rank is None
+        if cut or layer.num_added_embeddings:
             raise UsageError(
-                f"module {name}: a quantised vocabulary is not cut into ranks, nor added to: use "
-                "one rank, or convert with --exclude"
+                f"module {name}: vLLM does not cut a quantised vocabulary, nor adds to it: use one "
+                "rank, or convert with --tensor-parallel or --exclude"
             )
         entries = self.parts[0].locals(0)
         held = {local: Held(entry.spec) for local, entry in entries.items()}
