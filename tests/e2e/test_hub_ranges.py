@@ -309,3 +309,38 @@ def test_names_that_lead_out(hub: Hub, tmp_path: Path, name: str) -> None:
     repo.commit("main", repo.files() | {name: Blob(b"evil", False)})
     with pytest.raises(BadInputError, match="no place in it"):
         repack(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_names_of_no_file(hub: Hub, tmp_path: Path, name: str) -> None:
+    repo = hub.repos["org/name"]
+    repo.commit("main", repo.files() | {name: Blob(b"evil", False)})
+    with pytest.raises(BadInputError, match="no place in it"):
+        repack(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda info: "<html>log in here</html>",
+        lambda info: [info],
+        lambda info: {"sha": info["sha"]},
+        lambda info: info | {"sha": None},
+        lambda info: info | {"sha": "../../.."},
+        lambda info: info | {"siblings": {"a": 1}},
+        lambda info: info | {"siblings": [{"rfilename": 7, "size": 1, "blobId": "0" * 40}]},
+        lambda info: info | {"siblings": [info["siblings"][0] | {"size": "12"}]},
+        lambda info: info | {"siblings": [info["siblings"][0] | {"size": -1}]},
+        lambda info: info | {"siblings": [info["siblings"][0] | {"size": None}]},
+    ],
+)
+def test_an_answer_that_is_no_hubs(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Any
+) -> None:
+    """Of a portal that answers whatever was asked, of a mirror that is none."""
+    as_always = Hub._json
+    monkeypatch.setattr(Hub, "_json", lambda self, value: as_always(self, change(value)))
+    ended = cli.run("repack", "org/name", tmp_path / "out", "--target", "triton")
+    assert ended.code == 2 and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("error: org/name: what came is no description of a repository")
+    assert "HF_ENDPOINT" in ended.stderr
