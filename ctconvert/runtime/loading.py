@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ctconvert.runtime.modules import (
     KernelLinear,
     expert_tensors,
 )
+from ctconvert.store.safetensors import TensorEntry
 from ctconvert.transforms import device as devices
 
 Modules = dict[str, KernelLinear | KernelEmbedding | KernelExperts]
@@ -94,9 +96,13 @@ class Loader:
             for name, module in self.converted.items()
         }
 
-    def tensor(self, name: str, file: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._files[file].get_tensor(name)
-        return tensor
+    def read(self, entries: Iterable[TensorEntry]) -> dict[str, torch.Tensor]:
+        """Tensors of the checkpoint on the device, by full name."""
+        return {entry.name: self._files[entry.file].get_tensor(entry.name) for entry in entries}
+
+    def load(self, names: Iterable[str]) -> Modules:
+        """What :meth:`modules` gives of several converted modules."""
+        return {key: made for name in names for key, made in self.modules(name).items()}
 
     def modules(self, name: str) -> Modules:
         """The modules of one converted module: itself, or ``NAME.e`` for each expert of a 3-D one.
@@ -106,12 +112,10 @@ class Loader:
         """
         binding, module = self.bindings[name], self.converted[name]
         cut = len(module.prefix)
-        tensors = {
-            entry.name[cut:]: self.tensor(entry.name, entry.file) for entry in module.outputs
-        }
+        tensors = {key[cut:]: tensor for key, tensor in self.read(module.outputs).items()}
         bias = None
         if (entry := module.beside.get("bias")) is not None:
-            bias = self.tensor(entry.name, entry.file)
+            bias = self.read([entry])[entry.name]
         elif module.rank is not None and "bias" in module.sources[0].beside:
             bias = self._rank_bias(module)
         kind = KernelEmbedding if binding.spec.embedding else KernelLinear
@@ -137,7 +141,7 @@ class Loader:
 
     def _part_bias(self, module: Convert, part: Part) -> torch.Tensor:
         name = module.sources[part.source].beside["bias"].name
-        whole = self.tensor(name, self.output.plan.entries[name].file)
+        whole = self.read([self.output.plan.entries[name]])[name]
         if part.expert is not None:
             whole = whole[part.expert]
         return whole if part.rows is None else whole[slice(*part.rows)]
@@ -167,9 +171,9 @@ def load(out: str | Path, device: str = "auto", rank: int | None = None) -> Modu
             raise UsageError(f"{out}: cut for {ranks} ranks; say which to load: rank=0")
         if not 0 <= (rank or 0) < ranks:
             raise UsageError(f"{out}: there is no rank {rank} of {ranks}")
+        chosen = [
+            module.name for module in loader.converted.values() if module.rank in (None, rank)
+        ]
         return {
-            name.removeprefix(rank_prefix(module.rank)): made
-            for module in loader.converted.values()
-            if module.rank in (None, rank)
-            for name, made in loader.modules(module.name).items()
+            name.removeprefix(rank_prefix(rank)): made for name, made in loader.load(chosen).items()
         }
