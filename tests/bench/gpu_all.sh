@@ -36,7 +36,8 @@ echo "GPUs: $GPUS, cores: $(nproc), free in $FOLDER: $(df -h --output=avail "$FO
 nvidia-smi --query-gpu=name,memory.total,pcie.link.gen.current,pcie.link.width.current --format=csv,noheader
 [ "$GPUS" -gt 0 ] || { echo "torch sees no CUDA device: nothing here can be tried"; exit 99; }
 
-step tests 150 python -m pytest -q -m gpu -p no:cacheprovider tests/runtime/test_reading.py
+step tests 200 python -m pytest -q -m gpu -p no:cacheprovider \
+  tests/runtime/test_reading.py tests/work/test_lanes.py
 step write 90 python tests/bench/whole_run.py "$FOLDER" --gb "$LOAD_GB" --cases w4a16-cuda --write
 for target in cuda cuda-sm90 triton; do
   step "repack-$target" 60 python -m ctconvert repack "$FOLDER/w4a16-$LOAD_GB" "$FOLDER/$target" \
