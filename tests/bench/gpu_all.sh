@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.." || exit 99
 LOGS=$FOLDER/logs
 mkdir -p "$LOGS"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-export TRITON_CACHE_DIR=$FOLDER/triton # empty at first: the first run compiles
+export TRITON_CACHE_DIR=$FOLDER/triton
 FAILED=0
 
 step() { # name, seconds, command: runs it, shows its output, and says how it ended
@@ -41,13 +41,14 @@ step tests 200 python -m pytest -q -m gpu -p no:cacheprovider \
 step write 90 python tests/bench/whole_run.py "$FOLDER" --gb "$LOAD_GB" --cases w4a16-cuda --write
 for target in cuda cuda-sm90 triton; do
   step "repack-$target" 60 python -m ctconvert repack "$FOLDER/w4a16-$LOAD_GB" "$FOLDER/$target" \
-    --target $target --device cuda
+    --target $target --device cuda --overwrite
   step "load-$target" 60 python -m ctconvert bench "$FOLDER/$target" --load \
     --against "$FOLDER/w4a16-$LOAD_GB" --device cuda
   rm -rf "${FOLDER:?}/$target"
 done
-step whole-one 200 python tests/bench/whole_run.py "$FOLDER" --gb "$RUN_GB" --cases w4a16-cuda \
-  --device cuda:0 --rounds 2
+rm -rf "${FOLDER:?}/triton-first" # so that the first run compiles
+step whole-one 200 env TRITON_CACHE_DIR="$FOLDER/triton-first" python tests/bench/whole_run.py \
+  "$FOLDER" --gb "$RUN_GB" --cases w4a16-cuda --device cuda:0 --rounds 2
 if [ "$GPUS" -gt 1 ]; then
   step whole-all 150 python tests/bench/whole_run.py "$FOLDER" --gb "$RUN_GB" --cases w4a16-cuda \
     --device cuda --rounds 2
