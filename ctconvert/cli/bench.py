@@ -30,7 +30,9 @@ def bench(
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="With --load: what it was made from.", autocompletion=directories
+            metavar="MODEL",
+            help="With --load: what it was made from, a directory or org/name[@revision].",
+            autocompletion=directories,
         ),
     ] = None,
     json_: Json = False,
