@@ -40,6 +40,7 @@ from ctconvert.output import Output
 from ctconvert.planning.memory import budget, comparison_bytes, item_bytes
 from ctconvert.store.base import CHUNK
 from ctconvert.store.local import LocalStore
+from ctconvert.transforms import compiled
 from ctconvert.work.budget import Budget, CancelledError
 from ctconvert.work.executors import Threads
 from ctconvert.work.jobs import Context
@@ -368,6 +369,7 @@ def peak_of(action: Callable[[], object], warm: Callable[[], object]) -> int:
     if child == 0:
         try:
             torch.set_num_threads(1)
+            compiled.LOOPS = compiled._Loops()  # Numba takes 100 MB, after what came before
             ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, MIB)  # else it grows with what came before
             warm()
             POOL.clear()
