@@ -309,7 +309,7 @@ def repack(
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Plans without the garbage collector: hundreds of thousands of records, no cycle in them."""
+    """Without the garbage collector: a plan has hundreds of thousands of records and no cycle."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -321,7 +321,8 @@ def _no_collection() -> Iterator[None]:
 
 def _device(name: str) -> str:
     """The device of a ``--device`` argument, by name."""
-    from ctconvert.transforms.device import resolve
+    with _no_collection():  # importing torch, a tenth of which is else looking for garbage
+        from ctconvert.transforms.device import resolve
 
     return str(resolve(name))
 
