@@ -273,7 +273,8 @@ def repack(
 
 def _device(name: str) -> str:
     """The device of a ``--device`` argument, by name."""
-    from ctconvert.transforms.device import resolve
+    with no_collection():  # importing torch, a tenth of which is else looking for garbage
+        from ctconvert.transforms.device import resolve
 
     return str(resolve(name))
 

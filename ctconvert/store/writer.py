@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ctconvert.errors import ConversionError
+from ctconvert.store.base import CHUNK
+from ctconvert.store.direct import BLOCK, Descriptors, aligned
 
 
 class Sink(Protocol):
@@ -23,8 +25,8 @@ class Sink(Protocol):
         """
 
 
-#: Bytes from which on a write is handed to the disk at once.
-_LARGE = 4 << 20
+#: Bytes from which on a write goes to the disk at once, past the page cache where that can be.
+LARGE = 1 << 20
 _FULL = "free some space, then run again with --resume, or choose another place"
 _DENIED = "check its permissions, then run again with --resume, or choose another place"
 #: What helps, by the error's number.
@@ -64,6 +66,7 @@ class LocalSink:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._open: dict[str, int] = {}
+        self._direct = Descriptors(root, os.O_WRONLY)
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,15 +94,42 @@ class LocalSink:
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         try:
-            descriptor = self._file(name)
             done = 0
-            while done < len(data):
-                done += os.pwrite(descriptor, data[done:], offset + done)
-            if len(data) >= _LARGE and hasattr(os, "posix_fadvise"):
+            if len(data) >= LARGE:
+                # neighbours share the block that a range begins in, and the one it ends in
+                done = -offset % BLOCK
+                self._write(name, offset, data[:done])
+                done += self._write_blocks(name, offset + done, data[done:])
+            self._write(name, offset + done, data[done:])
+            if len(data) - done >= LARGE and hasattr(os, "posix_fadvise"):
                 # starts to write now what else the last fsync would wait for
-                os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(self._file(name), offset, len(data), os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise cannot_write(self.root / name, error) from None
+
+    def _write(self, name: str, offset: int, data: memoryview) -> None:
+        descriptor, done = self._file(name), 0
+        while done < len(data):
+            done += os.pwrite(descriptor, data[done:], offset + done)
+
+    def _write_blocks(self, name: str, offset: int, data: memoryview) -> int:
+        """Writes whole blocks past the page cache, from the first on; returns how many bytes."""
+        descriptor, done = self._direct.of(name), 0
+        if descriptor is None:
+            return 0
+        buffer = aligned(CHUNK)
+        while count := min(CHUNK, (len(data) - done) // BLOCK * BLOCK):
+            buffer[:count] = data[done : done + count]
+            try:
+                wrote = os.pwrite(descriptor, buffer[:count], offset + done)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+                return done  # larger blocks are wanted, or it was promised in vain
+            done += wrote // BLOCK * BLOCK
+            if wrote < count:
+                break
+        return done
 
     def _file(self, name: str) -> int:
         found = self._open.get(name)
@@ -123,6 +153,7 @@ class LocalSink:
             # what is read back to be verified should come from the disk, not from memory
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._direct.close(name)
             with self._lock:
                 os.close(self._open.pop(name))
         except OSError as error:
@@ -162,6 +193,7 @@ class LocalSink:
 
     def close(self) -> None:
         """Gives up every descriptor."""
+        self._direct.close()
         with self._lock:
             for descriptor in self._open.values():
                 os.close(descriptor)

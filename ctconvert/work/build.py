@@ -27,6 +27,7 @@ from ctconvert.records import (
 )
 from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import CONFIG, INDEX, MANIFEST
+from ctconvert.store.direct import DiskStore
 from ctconvert.store.hub import to_download
 from ctconvert.store.local import LocalStore
 from ctconvert.store.places import check_links, check_place, recover
@@ -210,7 +211,7 @@ class _Build:
             manifest = self._finish(sink)
             self._check_unchanged()
             if settings.verify:
-                output = Output(LocalStore(staging.folder))
+                output = Output(DiskStore(staging.folder))
                 verify_output(output, settings.executor, settings.progress)
             staging.commit(manifest.manifest_sha256)
         except BadInputError:

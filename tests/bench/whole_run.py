@@ -19,7 +19,6 @@ import statistics
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,26 +217,35 @@ def of_module(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a process took; memory in bytes."""
+    """What a process took; CPU seconds by user and system, memory in bytes."""
 
     seconds: float
-    used: float
+    user: float
+    system: float
     faults: int
     peak: int
 
 
+#: Runs a command for :func:`cost`. A process begins with the peak of the one that started it, which
+#: therefore is a small one.
+_MEASURE = """
+import json, os, subprocess, sys, time
+begun = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, used = os.wait4(process.pid, 0)
+took = [time.perf_counter() - begun, used.ru_utime, used.ru_stime, used.ru_minflt]
+print(json.dumps([*took, used.ru_maxrss << 10]))
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+
+
 def cost(command: list[str]) -> Cost:
     """Runs a command that must succeed."""
-    begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, used = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - begun
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)}: {said.decode()}")
-    return Cost(seconds, used.ru_utime + used.ru_stime, used.ru_minflt, used.ru_maxrss << 10)
+    measure = [sys.executable, "-I", "-S", "-c", _MEASURE]
+    done = subprocess.run([*measure, *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stderr}")
+    return Cost(*json.loads(done.stdout))
 
 
 def _row(case: str, what: str, found: list[Cost], copied: float) -> dict[str, object]:
@@ -247,7 +255,8 @@ def _row(case: str, what: str, found: list[Cost], copied: float) -> dict[str, ob
         "run": what,
         "s": f"{seconds:.2f}",
         "of a copy's": f"{seconds / copied:.2f}",
-        "CPU s": f"{min(one.used for one in found):.2f}",
+        "CPU s": f"{min(one.user + one.system for one in found):.2f}",
+        "of it system": f"{min(one.system for one in found):.2f}",
         "faults, 1000": min(one.faults for one in found) // 1000,
         "peak, MB": max(one.peak for one in found) // 10**6,
     }
