@@ -243,6 +243,8 @@ def repack(
     resume: bool = False,
     overwrite: bool = False,
     verify: bool = True,
+    part: tuple[int, int] | None = None,
+    commit: bool = False,
     push_to: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -259,6 +261,9 @@ def repack(
         resume: take over the finished modules of a killed run.
         overwrite: replace an existing output.
         verify: read the output back and check every hash.
+        part: ``(i, n)``: make the i-th of n shares of the output's files, from 1 on, beside
+            ``out``; n processes on any machines that see both make all of it, at once or not.
+        commit: make nothing, but join the parts, all of which must be there.
         push_to: the Hub repository to :func:`push` it to.
         progress: told of bytes done.
 
@@ -266,12 +271,16 @@ def repack(
         the report, the content of ``ctconvert repack --json``.
 
     Raises:
-        UsageError, BadInputError: as for :func:`plan`; ``out`` exists or overlaps the source.
+        UsageError, BadInputError: as for :func:`plan`; ``out`` exists or overlaps the source; a
+            part to join is missing, unfinished or of another conversion.
         UnsupportedError: the target has no layout for a module.
         ConversionError: the disk is full, or a transform failed.
     """
     from ctconvert.work.build import Settings, build
+    from ctconvert.work.shares import share
 
+    if part is not None and push_to is not None:
+        raise UsageError("--push is for a whole output; give it with --commit, not with --part")
     settings = Settings(
         executor=_executor(workers),
         progress=progress or Silent(),
@@ -279,6 +288,8 @@ def repack(
         resume=resume,
         overwrite=overwrite,
         verify=verify,
+        share=None if part is None else share(*part),
+        commit=commit,
     )
     options = _options(
         target,
