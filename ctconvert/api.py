@@ -245,6 +245,8 @@ def repack(
     verify: bool = True,
     part: tuple[int, int] | None = None,
     commit: bool = False,
+    executor: str = "threads",
+    address: str = "auto",
     push_to: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -264,6 +266,9 @@ def repack(
         part: ``(i, n)``: make the i-th of n shares of the output's files, from 1 on, beside
             ``out``; n processes on any machines that see both make all of it, at once or not.
         commit: make nothing, but join the parts, all of which must be there.
+        executor: ``threads`` of this process, or ``ray``: the nodes of a Ray cluster, which see
+            both directories under the same paths.
+        address: of that cluster, which is not started.
         push_to: the Hub repository to :func:`push` it to.
         progress: told of bytes done.
 
@@ -277,14 +282,19 @@ def repack(
         ConversionError: the disk is full, or a transform failed.
     """
     from ctconvert.work.build import Settings, build
+    from ctconvert.work.choosing import directory_of, executor_named
     from ctconvert.work.shares import share
 
     if part is not None and push_to is not None:
         raise UsageError("--push is for a whole output; give it with --commit, not with --part")
+    destination = default_out(model, target) if out is None else home_path(out)
+    chosen = executor_named(executor, workers, address, device)
+    if executor == "ray":  # whose nodes have other current directories
+        model, destination = directory_of(model), destination.absolute()
     settings = Settings(
-        executor=_executor(workers),
+        executor=chosen,
         progress=progress or Silent(),
-        device=_device(device),
+        device=device if executor == "ray" else _device(device),
         resume=resume,
         overwrite=overwrite,
         verify=verify,
@@ -304,7 +314,6 @@ def repack(
         expert_parallel,
     )
     check_options(options)
-    destination = default_out(model, target) if out is None else home_path(out)
     if push_to is not None:
         from ctconvert.publishing.push import Place, check_place
 

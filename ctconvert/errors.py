@@ -30,7 +30,7 @@ _VALUED = (
         "max-shard-size",
         "target",
     ),
-    *("part", "tensor-parallel", "workers"),
+    *("address", "executor", "part", "tensor-parallel", "workers"),
 )
 #: An option, with its value where the message says one; not in a command between backticks.
 _OPTION = re.compile(

@@ -67,7 +67,7 @@ def test_every_option_in_a_message_is_an_argument() -> None:
 
     parameters = {
         name: one
-        for verb in ("doctor", "repack", "restore", "verify")
+        for verb in ("doctor", "push", "repack", "restore", "verify")
         for name, one in inspect.signature(getattr(ctconvert, verb)).parameters.items()
     }
     flags = {name.replace("-", "_") for name in errors._FLAGS}

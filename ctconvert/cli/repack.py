@@ -120,6 +120,10 @@ def repack(
     commit: Annotated[
         bool, typer.Option("--commit", help="Join the parts that --part has made into OUT.")
     ] = False,
+    executor: Annotated[
+        str, typer.Option(metavar="[threads|ray]", help="What runs it: ray, a cluster's nodes.")
+    ] = "threads",
+    address: Annotated[str, typer.Option(help="Of the Ray cluster; none is started.")] = "auto",
     push: Annotated[
         str | None, typer.Option(metavar="REPO", help="Then put it on the Hub, as `push` does.")
     ] = None,
@@ -178,6 +182,8 @@ def repack(
                 verify=verify,
                 part=share,
                 commit=commit,
+                executor=executor,
+                address=address,
                 push_to=push,
                 progress=progress,
             )
