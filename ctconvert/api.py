@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +10,7 @@ from msgspec.structs import replace
 
 from ctconvert.errors import CtconvertError, UsageError
 from ctconvert.output import Output
+from ctconvert.planning.asked import check_shard_size, no_collection, options_of
 from ctconvert.planning.choose import check_options, dtype_named
 from ctconvert.planning.describe import describe
 from ctconvert.planning.inspection import (
@@ -52,39 +51,6 @@ __all__ = [
 ]
 
 
-def _options(
-    target: str,
-    fuse: bool,
-    keep_unsupported: bool,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    layout: Mapping[str, str] | None,
-    max_shard_size: int,
-    dtype: str | None,
-    tensor_parallel: int,
-    expert_parallel: bool,
-) -> Options:
-    overrides = tuple((layout or {}).items())
-    _check_shard_size(max_shard_size)
-    return Options(
-        target=target,
-        dtype=dtype_named(dtype),
-        fuse=fuse,
-        keep_unsupported=keep_unsupported,
-        include=tuple(include),
-        exclude=tuple(exclude),
-        overrides=overrides,
-        max_shard_size=max_shard_size,
-        tensor_parallel=tensor_parallel,
-        expert_parallel=expert_parallel,
-    )
-
-
-def _check_shard_size(size: int) -> None:
-    if not 1 <= size < 2**63:
-        raise UsageError(f"max_shard_size {size}: it must be positive, and in 64 bits")
-
-
 def inspect(
     model: str | Path, *, target: str | None = None, dtype: str | None = None
 ) -> Inspection:
@@ -108,7 +74,7 @@ def inspect(
         options = Options(target=target, keep_unsupported=True, dtype=dtype_named(dtype))
     if options is not None:
         check_options(options)
-    with _no_collection():
+    with no_collection():
         checkpoint = Checkpoint(open_store(str(model), download=False))
         if is_converted(checkpoint.config) and MANIFEST in checkpoint.store.sizes():
             if target is not None:
@@ -152,7 +118,7 @@ def doctor(
 
     executor = _executor(workers) if data else None
     checkpoint = Checkpoint(open_store(str(model), download=data))
-    with _no_collection():
+    with no_collection():
         return examine(checkpoint, target, tuple(tensor_parallel), executor, progress or Silent())
 
 
@@ -197,7 +163,7 @@ def plan(
         UsageError: there is no such model, target or layout.
         BadInputError: the checkpoint is damaged or contradicts itself.
     """
-    options = _options(
+    options = options_of(
         target,
         fuse,
         keep_unsupported,
@@ -209,8 +175,7 @@ def plan(
         tensor_parallel,
         expert_parallel,
     )
-    check_options(options)
-    with _no_collection():
+    with no_collection():
         return make_plan(describe(Checkpoint(open_store(str(model), download=download))), options)
 
 
@@ -256,7 +221,8 @@ def repack(
         model, target, fuse, keep_unsupported, include, exclude, layout, max_shard_size, dtype,
             tensor_parallel, expert_parallel: as for :func:`plan`.
         out: the directory to make; ``MODEL-TARGET`` beside the model where not given.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``: where transforms run.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``: where transforms run; without
+            an index, on all of that kind.
         local_copy: download a Hub model into the local cache first; else its files are fetched
             as they are needed, and kept beside ``out`` no longer than that.
         workers: threads that read, transform and write; chosen by the machine where None.
@@ -301,7 +267,7 @@ def repack(
         share=None if part is None else share(*part),
         commit=commit,
     )
-    options = _options(
+    options = options_of(
         target,
         fuse,
         keep_unsupported,
@@ -313,13 +279,12 @@ def repack(
         tensor_parallel,
         expert_parallel,
     )
-    check_options(options)
     if push_to is not None:
         from ctconvert.publishing.push import Place, check_place
 
         check_place(Place(push_to))
     store = open_store(str(model), download=local_copy)
-    with _no_collection():
+    with no_collection():
         planned = make_plan(describe(Checkpoint(store)), options)
     report = build(planned, store, destination, settings)
     if push_to is None:
@@ -327,23 +292,12 @@ def repack(
     return replace(report, pushed=push(destination, push_to, workers=workers, progress=progress))
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Plans without the garbage collector: hundreds of thousands of records, no cycle in them."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _device(name: str) -> str:
-    """The device of a ``--device`` argument, by name."""
-    from ctconvert.transforms.device import resolve
+    """What ``--device`` names; all devices of a kind where it has no index."""
+    from ctconvert.transforms.device import every
 
-    return str(resolve(name))
+    found = every(name)
+    return str(found[0]) if len(found) == 1 else found[0].type
 
 
 def _executor(workers: int | None) -> Executor:
@@ -484,7 +438,7 @@ def restore(
         resume=resume,
         overwrite=overwrite,
     )
-    _check_shard_size(max_shard_size)
+    check_shard_size(max_shard_size)
     destination = home_path(dest)
     output = Output.open(out)
     if output.plan.kind == "restored":

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctconvert.cli.failures import failures
-from ctconvert.cli.options import Json, KernelDevice, Out, parse_counts
+from ctconvert.cli.options import Json, KernelDevice, Out, directories, parse_counts
 from ctconvert.cli.sink import Sink
+from ctconvert.errors import UsageError
 
 if TYPE_CHECKING:
     from ctconvert.runtime.benchmark import BenchReport, BenchRow
+    from ctconvert.runtime.loadtime import LoadReport
 
 
 def bench(
@@ -22,6 +24,17 @@ def bench(
         str,
         typer.Option("--m", help="Numbers of tokens, or rows looked up, separated by commas."),
     ] = "1,16,256,4096",
+    load: Annotated[
+        bool, typer.Option("--load", help="Time loading it instead, against its source.")
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="With --load: what it was made from, a directory or org/name[@revision].",
+            autocompletion=directories,
+        ),
+    ] = None,
     json_: Json = False,
     plot: Annotated[
         Path | None,
@@ -33,10 +46,20 @@ def bench(
     """Time a checkpoint's kernels beside measured limits.
 
     A dense bf16 matmul, or look-up, of the same shape is timed beside each. The floor is bytes at
-    a copy's rate or flops at a matmul's, whichever is slower.
+    a copy's rate or flops at a matmul's, whichever is slower. With --load, loading OUT is timed
+    beside loading MODEL and the transforms that an engine then does, in plain torch.
     """
     sink = Sink(json_)
     with failures(sink, device):
+        if load != (against is not None):
+            raise UsageError("--load and --against MODEL go together: it is timed against that")
+        if against is not None:
+            if plot is not None:
+                raise UsageError("--plot draws kernels' times, and --load measures none")
+            from ctconvert.runtime.loadtime import bench_load
+
+            sink.show(bench_load(out, against, device), _print_load)
+            return
         rows = parse_counts(m)
         from ctconvert.runtime import benchmark, chart
 
@@ -46,6 +69,33 @@ def bench(
         sink.show(found, _print)
         if plot is not None:
             chart.plot(found, plot)
+
+
+def _print_load(sink: Sink, found: LoadReport) -> None:
+    modules = ", ".join(f"{count} x {layout}" for layout, count in found.modules.items())
+    sink.line(f"{found.device}: {modules}; medians of {found.rounds}, every tensor equal")
+    rows = (
+        ("source, read", found.source_bytes, found.read_seconds),
+        ("source, transformed", None, found.transform_seconds),
+        ("source, both", found.source_bytes, found.source_seconds),
+        ("converted", found.bytes, found.seconds),
+    )
+    sink.table(
+        ["loading", "GB", "s", "GB/s", "of the converted's"],
+        [
+            (
+                what,
+                _number(size and size / 1e9, 2),
+                _number(seconds, 3),
+                _number(size and size / seconds / 1e9, 2),
+                _number(seconds / found.seconds, 2),
+            )
+            for what, size, seconds in rows
+        ],
+    )
+    sink.line("note: the transforms are in plain torch; an engine may have kernels for them")
+    for layout, count in found.left_out.items():
+        sink.line(f"note: {count} x {layout} left out: an engine's transforms are not known here")
 
 
 def _print(sink: Sink, found: BenchReport) -> None:

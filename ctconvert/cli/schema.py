@@ -15,7 +15,7 @@ from ctconvert.names import meant
 #: What has a schema: the manifest, the ``--json`` of each verb, and the lines of ``--json-events``.
 NAMES = (
     *("manifest", "inspect", "doctor", "dry-run", "repack", "push", "verify", "diff", "restore"),
-    *("bench", "layouts", "failure", "events"),
+    *("bench", "bench-load", "layouts", "failure", "events"),
 )
 
 
@@ -69,6 +69,10 @@ def _record(name: str) -> type:
         from ctconvert.runtime.benchmark import BenchReport
 
         return BenchReport
+    if name == "bench-load":
+        from ctconvert.runtime.loadtime import LoadReport
+
+        return LoadReport
     if name == "layouts":
         from ctconvert.cli.layouts import Listing
 

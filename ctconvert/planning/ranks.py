@@ -66,7 +66,7 @@ def heads_of(config: Mapping[str, Any]) -> Heads:
     count, hidden = number("num_attention_heads"), number("hidden_size")
     own = number("head_dim") or (hidden // count if count and hidden else None)
     sizes = tuple(size for size in (own, number("v_head_dim")) if size is not None)
-    return Heads(count, number("num_key_value_heads"), sizes)
+    return Heads(count, number("num_key_value_heads") or count, sizes)
 
 
 @dataclass
@@ -159,7 +159,6 @@ class Ranks:
         if leaf in ("k_proj", "v_proj"):
             return self._shared(size, 0, rank)
         if leaf == "qkv_proj":
-            shared = shared or heads
             if heads is None or shared is None or size % (heads + 2 * shared):
                 return f"config.json does not say which of {size} rows are q, k and v"
             head = size // (heads + 2 * shared)

@@ -91,7 +91,8 @@ def upload(
                 f"{place.repo} is public; make it private on the Hub, or push elsewhere"
             )
         remote = there.store if there is not None else None
-        removed = _superseded(output, remote)
+        earlier = _earlier(remote)
+        removed = _superseded(output, remote, earlier)
         text, notes = _card(output, place, remote)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -99,6 +100,8 @@ def upload(
             ours = _hashed(folder, progress)
             old = remote.files if remote is not None else {}
             new = {name: file for name, file in ours.items() if not _same(old.get(name), file)}
+            for name in sorted(new.keys() & old.keys() - earlier - TOLERATED):
+                raise _others(place.repo, name)
             found = Pushed(
                 out=output.where,
                 repo=place.repo,
@@ -112,7 +115,8 @@ def upload(
                 removed=tuple(removed),
                 notes=tuple(notes),
             )
-            return found if dry_run else _send(found, folder, place, ours)
+            parent = remote.revision if remote is not None else None
+            return found if dry_run else _send(found, folder, place, parent, ours)
 
 
 # --- what is there -------------------------------------------------------------------------------
@@ -138,7 +142,15 @@ def _there(place: Place) -> _There | None:
     return _There(store, not info.private)
 
 
-def _superseded(output: Output, remote: HubStore | None) -> list[str]:
+def _earlier(remote: HubStore | None) -> set[str]:
+    """The files that an earlier push put there."""
+    if remote is None or MANIFEST not in remote.sizes():
+        return set()
+    found = replaceable_files(remote)
+    return set() if found is None else {MANIFEST, *found}
+
+
+def _superseded(output: Output, remote: HubStore | None, earlier: set[str]) -> list[str]:
     """Files of an earlier push that this one does not have.
 
     Raises:
@@ -146,17 +158,19 @@ def _superseded(output: Output, remote: HubStore | None) -> list[str]:
     """
     if remote is None:
         return []
-    known = {MANIFEST, *output.manifest.file_records}
-    rest = [name for name in remote.sizes() if name not in known and name not in TOLERATED]
-    earlier = replaceable_files(remote) if MANIFEST in remote.sizes() else None
+    known = {MANIFEST, *output.manifest.file_records, *TOLERATED}
+    rest = [name for name in remote.sizes() if name not in known]
     for name in rest:
-        if name not in (earlier or ()):
-            raise UsageError(
-                f"{remote.where} holds {name}, which no push of ctconvert's put there, and with "
-                "which this checkpoint would not verify; remove it, or push to another repository "
-                "or --branch"
-            )
+        if name not in earlier:
+            raise _others(remote.where, name)
     return rest
+
+
+def _others(where: str, name: str) -> UsageError:
+    return UsageError(
+        f"{where} holds {name}, which no push of ctconvert's put there; remove it, or push to "
+        "another repository or --branch"
+    )
 
 
 def _card(output: Output, place: Place, remote: HubStore | None) -> tuple[str, list[str]]:
@@ -218,7 +232,10 @@ def _same(there: HubFile | None, ours: HubFile) -> bool:
     return there.blob == ours.blob
 
 
-def _send(found: Pushed, folder: Path, place: Place, ours: Mapping[str, HubFile]) -> Pushed:
+def _send(
+    found: Pushed, folder: Path, place: Place, parent: str | None, ours: Mapping[str, HubFile]
+) -> Pushed:
+    """Uploads, where ``parent`` is still the last commit; None where there was none."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
     from msgspec.structs import replace
@@ -235,6 +252,7 @@ def _send(found: Pushed, folder: Path, place: Place, ours: Mapping[str, HubFile]
             folder_path=folder,
             revision=place.branch,
             create_pr=place.create_pr,
+            parent_commit=parent,
             commit_message=f"Checkpoint made by ctconvert {__version__}",
             delete_patterns=[glob.escape(name) for name in found.removed] or None,
         )

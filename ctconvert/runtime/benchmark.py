@@ -242,7 +242,9 @@ def bench(out: Path, device: str, rows: tuple[int, ...]) -> BenchReport:
             if isinstance(stack := modules.get(whole), KernelExperts):
                 measured += _bench_experts(whole, stack, rows, loader.device, limits)
     rates, unrun = dict(limits.matmul), {loader.bindings[whole].layout for whole in missing}
-    return BenchReport(_name(loader.device), limits.copy, rates, measured, tuple(sorted(unrun)))
+    return BenchReport(
+        device_name(loader.device), limits.copy, rates, measured, tuple(sorted(unrun))
+    )
 
 
 def _distinct(bindings: Mapping[str, Binding]) -> list[str]:
@@ -350,7 +352,8 @@ def _row(
     )
 
 
-def _name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
     if device.type == "cpu":
         return "cpu"
     return str(getattr(torch, device.type).get_device_name(device))

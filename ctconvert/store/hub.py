@@ -7,13 +7,16 @@ import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from msgspec import Struct
+import msgspec
+from msgspec import Meta, Struct
 
 from ctconvert.errors import BadInputError, ConversionError, UsageError
 from ctconvert.names import nearest_directory
+from ctconvert.specs import Size
 from ctconvert.store.answers import hub_failures, redact_logs
 from ctconvert.store.base import CHUNK, Store
 from ctconvert.store.checkpoint import OTHER_WEIGHTS
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
 
 
+_Commit = Annotated[str, Meta(pattern="^[0-9a-f]{40}$")]
+
+
 class HubFile(Struct, frozen=True):
     """A file of a commit: its size and what the Hub says its hash is.
 
@@ -36,7 +42,7 @@ class HubFile(Struct, frozen=True):
     of a file stored with LFS.
     """
 
-    size: int
+    size: Size
     blob: str | None = None
     sha256: str | None = None
 
@@ -81,20 +87,27 @@ class HubStore(Store):
     @classmethod
     def described(cls, repo: str, revision: str | None) -> tuple[HubStore, ModelInfo]:
         """:meth:`open`, and all that the Hub answered."""
-        info = model_info(repo, revision)
-        files = {
-            item.rfilename: HubFile(
-                item.size or 0, item.blob_id, item.lfs.sha256 if item.lfs else None
-            )
-            for item in info.siblings or []
-        }
         where = f"{repo}@{revision}" if revision else repo
-        for name in files:  # it names a place on this machine, too
-            if name.startswith("/") or "\\" in name or not {"", ".."}.isdisjoint(name.split("/")):
+        with _described(where):
+            info = model_info(repo, revision)
+            commit = msgspec.convert(info.sha, _Commit)
+            files = {
+                msgspec.convert(file.rfilename, str): msgspec.convert(
+                    {
+                        "size": file.size,
+                        "blob": file.blob_id,
+                        "sha256": file.lfs.sha256 if file.lfs else None,
+                    },
+                    HubFile,
+                )
+                for file in info.siblings or []
+            }
+        for name in files:
+            if not _is_place(name):
                 raise BadInputError(
                     f"{where}: holds a file named {name!r}, which is no place in it"
                 )
-        return cls(repo, info.sha or "", where, files), info
+        return cls(repo, commit, where, files), info
 
     def __getstate__(self) -> tuple[str, str, str, Mapping[str, HubFile]]:
         return self.id, self.revision or "", self.where, self.files
@@ -225,6 +238,32 @@ class HubStore(Store):
             f"{self.path(name)}: {what} is not the file whose hash the Hub states; {advice}",
             file=self.path(name),
         )
+
+
+@contextmanager
+def _described(where: str) -> Iterator[None]:
+    """Turns an answer that no Hub gives, such as a portal's page, into one line."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except HFValidationError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise BadInputError(
+            f"{where}: what came is no description of a repository; is HF_ENDPOINT a Hub's, and "
+            "nothing in between?"
+        ) from None
+
+
+def _is_place(name: str) -> bool:
+    """Whether a file's name is one on this machine, too, in the folder that it is put into."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    parts = name.split("/")
+    return not ("\\" in name or "\0" in name or "" in parts or ".." in parts)
 
 
 def _ranges_of(path: Path, offset: int = 0, length: int | None = None) -> Iterator[bytes]:

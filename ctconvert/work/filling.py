@@ -68,6 +68,8 @@ class Filling:
         #: The source files of each shard, and how many shards still read each.
         self._readers: dict[str, list[str]] = {}
         self._reading: Counter[str] = Counter()
+        #: Source files whose hash is on its way.
+        self._unhashed: set[str] = set()
 
     # --- what an earlier run has finished ---------------------------------------------------------
 
@@ -165,9 +167,10 @@ class Filling:
     def _jobs(
         self, left: Sequence[Shard], items: dict[str, list[Item]], sink: LocalSink
     ) -> Iterator[Job]:
-        hashing = self._source_jobs()
         self._readers = readers(self.plan)
         self._reading = Counter(file for shard in left for file in self._readers[shard.name])
+        hashing = self._source_jobs()
+        self._unhashed = set(hashing)
         parts = dict(self.staging.parts)  # as they were: those that this run makes come to it
         begun = {entry.file for part in parts.values() for entry in self._entries(part)}
         for shard in left:
@@ -189,16 +192,23 @@ class Filling:
         yield from hashing.values()
 
     def _source_jobs(self) -> dict[str, Job]:
-        """Hashes of the source's files that are not known; read in order, they read ahead."""
+        """Hashes of the source's files that are not known; read in order, they read ahead.
+
+        What is kept beside the output, and read on, may have been lost since it was hashed.
+        """
         return {
             file.name: HashJob(file.name, file.name, 0, file.size, counted=False, of_source=True)
             for file in self.plan.source.hashed
-            if file.name in self.hashed and file.name not in self.staging.sources
+            if file.name in self.hashed
+            and (
+                file.name not in self.staging.sources
+                or (self._reading[file.name] and self.store.stated_sha256(file.name) is not None)
+            )
         }
 
     def _release(self, file: str) -> None:
         """Gives up a source file that no shard needs again."""
-        if file in self.staging.sources and not self._reading[file]:
+        if file not in self._unhashed and not self._reading[file]:
             self.store.release(file)
 
     def _seals(self) -> Iterator[Job]:
@@ -220,6 +230,7 @@ class Filling:
                     if isinstance(done.job, HashJob):
                         for name, digest in done.hashes.items():
                             self.staging.finished_source(name, digest)
+                            self._unhashed.discard(name)
                             self._release(name)
                         continue
                     if (key := part_of(done.job)) is not None:

@@ -230,6 +230,29 @@ def test_a_killed_run_fetches_nothing_twice(hub: Hub, folder: Path, tmp_path: Pa
     same(tmp_path / "out", tmp_path / "fresh")
 
 
+def test_what_was_kept_is_compared_again(hub: Hub, tmp_path: Path) -> None:
+    """What a disk lost under it was hashed before, and had not all been read by then."""
+    blob = hub.repos["org/name"].files()[f"model-{LAYERS:05}-of-{LAYERS:05}.safetensors"]
+    # planning has what it needs, and the last segments never come
+    hub.faults = [Fault(f"GET /objects/{blob.sha256}", "error", skip=4, times=1000)]
+    options = {"max_shard_size": 10**9, "workers": 1}
+    with pytest.raises(ConversionError, match="503"):
+        repack(tmp_path / "out", **options)
+    root = tmp_path / "out.partial"
+    journal = next(path for path in root.iterdir() if path.is_file())
+    lines = journal.read_text().splitlines(keepends=True)
+    name = f"model-00003-of-{LAYERS:05}.safetensors"
+    assert any('"source"' in line and name in line for line in lines)
+    journal.write_text("".join(line for line in lines if '"type":"part"' not in line))
+    segment = max((root / "source" / name).iterdir())
+    data = segment.read_bytes()
+    segment.write_bytes(bytes(len(data)))
+    hub.faults.clear()
+    with pytest.raises(BadInputError, match=f"{name}: what came is not the file whose hash"):
+        repack(tmp_path / "out", resume=True, **options)
+    assert not (tmp_path / "out").exists() and not root.exists()
+
+
 def test_a_complete_output_is_not_fetched_again(hub: Hub, folder: Path, tmp_path: Path) -> None:
     repack(tmp_path / "out")
     hub.sent.clear()
@@ -309,3 +332,38 @@ def test_names_that_lead_out(hub: Hub, tmp_path: Path, name: str) -> None:
     repo.commit("main", repo.files() | {name: Blob(b"evil", False)})
     with pytest.raises(BadInputError, match="no place in it"):
         repack(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_names_of_no_file(hub: Hub, tmp_path: Path, name: str) -> None:
+    repo = hub.repos["org/name"]
+    repo.commit("main", repo.files() | {name: Blob(b"evil", False)})
+    with pytest.raises(BadInputError, match="no place in it"):
+        repack(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda info: "<html>log in here</html>",
+        lambda info: [info],
+        lambda info: {"sha": info["sha"]},
+        lambda info: info | {"sha": None},
+        lambda info: info | {"sha": "../../.."},
+        lambda info: info | {"siblings": {"a": 1}},
+        lambda info: info | {"siblings": [{"rfilename": 7, "size": 1, "blobId": "0" * 40}]},
+        lambda info: info | {"siblings": [info["siblings"][0] | {"size": "12"}]},
+        lambda info: info | {"siblings": [info["siblings"][0] | {"size": -1}]},
+        lambda info: info | {"siblings": [info["siblings"][0] | {"size": None}]},
+    ],
+)
+def test_an_answer_that_is_no_hubs(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Any
+) -> None:
+    """Of a portal that answers whatever was asked, of a mirror that is none."""
+    as_always = Hub._json
+    monkeypatch.setattr(Hub, "_json", lambda self, value: as_always(self, change(value)))
+    ended = cli.run("repack", "org/name", tmp_path / "out", "--target", "triton")
+    assert ended.code == 2 and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("error: org/name: what came is no description of a repository")
+    assert "HF_ENDPOINT" in ended.stderr

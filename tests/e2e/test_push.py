@@ -142,6 +142,39 @@ def test_files_of_others_are_left_alone(hub: Hub, out: Path) -> None:
         ctconvert.push(out, "org/new")
 
 
+@pytest.mark.parametrize("branch", [None, "next"])
+def test_what_others_put_there_meanwhile_is_left_alone(
+    hub: Hub, out: Path, branch: str | None
+) -> None:
+    """Between the look at what is there and the commit."""
+    repo, theirs = hub.add("org/new"), Blob(b"theirs", False)
+
+    def other() -> None:
+        repo.commit(branch or "main", repo.files(branch or "main") | {"config.json": theirs})
+
+    hub.faults = [Fault(r"POST .*/preupload/", "call", call=other)]
+    with pytest.raises(ConversionError, match=r"org/new.*the upload failed.*push again"):
+        ctconvert.push(out, "org/new", branch=branch)
+    assert repo.files(branch or "main")["config.json"] == theirs
+
+
+def test_files_of_others_by_the_names_of_ours_are_left_alone(hub: Hub, out: Path) -> None:
+    """The repository's own checkpoint, and what came beside one that was pushed."""
+    config = {"config.json": Blob(b"theirs", False)}
+    hub.add("org/theirs").commit("main", config)
+    with pytest.raises(UsageError, match=r"org/theirs holds config\.json, which no push"):
+        ctconvert.push(out, "org/theirs")
+    assert hub.repos["org/theirs"].files() == config
+    ctconvert.push(out, "org/new")
+    repo = hub.repos["org/new"]
+    ours = repo.files()["ctconvert.json"]
+    repo.commit("main", repo.files() | {"ctconvert.json": Blob(b"{}", False)} | config)
+    with pytest.raises(UsageError, match=r"org/new holds config\.json, which no push"):
+        ctconvert.push(out, "org/new")
+    repo.commit("main", repo.files() | {"ctconvert.json": ours})
+    assert ctconvert.push(out, "org/new").uploaded == ("config.json",)  # of an earlier push
+
+
 def test_a_pull_request_and_a_branch(hub: Hub, out: Path) -> None:
     hub.repos.clear()
     ctconvert.push(out, "org/new", branch="v2")

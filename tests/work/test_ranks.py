@@ -310,6 +310,13 @@ def test_what_cannot_be_cut_is_refused_by_name(
     assert reason in refusal.reason
 
 
+def test_without_their_number_heads_of_keys_are_those_of_queries(tmp_path: Path) -> None:
+    """None is cut where the queries' are not."""
+    config = {name: value for name, value in MODEL.items() if name != "num_key_value_heads"}
+    (refusal,) = plan(tmp_path, {f"{ATTENTION}.k_proj": (384, 256)}, 3, **config).refusals
+    assert "8 key and value heads cannot be shared out to 3" in refusal.reason
+
+
 def test_what_nothing_is_known_of_is_whole(tmp_path: Path) -> None:
     shapes = {f"m.{number}.mixer_proj": (64, 256) for number in range(3)}
     shapes |= {"m.0.q_a_proj": (64, 256)}
