@@ -232,8 +232,7 @@ def repack(
         part: ``(i, n)``: make the i-th of n shares of the output's files, from 1 on, beside
             ``out``; n processes on any machines that see both make all of it, at once or not.
         commit: make nothing, but join the parts, all of which must be there.
-        executor: ``threads`` of this process, or ``ray``: the nodes of a Ray cluster, which see
-            both directories under the same paths.
+        executor: ``threads``, or ``ray``: a Ray cluster's nodes, which see both under these paths.
         address: of that cluster, which is not started.
         push_to: the Hub repository to :func:`push` it to.
         progress: told of bytes done.
