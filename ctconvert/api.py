@@ -208,6 +208,10 @@ def repack(
     resume: bool = False,
     overwrite: bool = False,
     verify: bool = True,
+    part: tuple[int, int] | None = None,
+    commit: bool = False,
+    executor: str = "threads",
+    address: str = "auto",
     push_to: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -224,6 +228,11 @@ def repack(
         resume: take over the finished modules of a killed run.
         overwrite: replace an existing output.
         verify: read the output back and check every hash.
+        part: ``(i, n)``: make the i-th of n shares of the output's files, from 1 on, beside
+            ``out``; n processes on any machines that see both make all of it, at once or not.
+        commit: make nothing, but join the parts, all of which must be there.
+        executor: ``threads``, or ``ray``: a Ray cluster's nodes, which see both under these paths.
+        address: of that cluster, which is not started.
         push_to: the Hub repository to :func:`push` it to.
         progress: told of bytes done.
 
@@ -231,19 +240,30 @@ def repack(
         the report, the content of ``ctconvert repack --json``.
 
     Raises:
-        UsageError, BadInputError: as for :func:`plan`; ``out`` exists or overlaps the source.
+        UsageError, BadInputError: as for :func:`plan`; ``out`` exists or overlaps the source; a
+            part to join is missing, unfinished or of another conversion.
         UnsupportedError: the target has no layout for a module.
         ConversionError: the disk is full, or a transform failed.
     """
     from ctconvert.work.build import Settings, build
+    from ctconvert.work.choosing import directory_of, executor_named
+    from ctconvert.work.shares import share
 
+    if part is not None and push_to is not None:
+        raise UsageError("--push is for a whole output; give it with --commit, not with --part")
+    destination = default_out(model, target) if out is None else home_path(out)
+    chosen = executor_named(executor, workers, address, device)
+    if executor == "ray":  # whose nodes have other current directories
+        model, destination = directory_of(model), destination.absolute()
     settings = Settings(
-        executor=_executor(workers),
+        executor=chosen,
         progress=progress or Silent(),
-        device=_device(device),
+        device=device if executor == "ray" else _device(device),
         resume=resume,
         overwrite=overwrite,
         verify=verify,
+        share=None if part is None else share(*part),
+        commit=commit,
     )
     options = options_of(
         target,
@@ -257,7 +277,6 @@ def repack(
         tensor_parallel,
         expert_parallel,
     )
-    destination = default_out(model, target) if out is None else home_path(out)
     if push_to is not None:
         from ctconvert.publishing.push import Place, check_place
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 #: The options of the command line that are arguments of functions too; those without a value.
 _FLAGS = (
-    *("create-pr", "expert-parallel", "fuse", "independent", "keep-unsupported", "kernels"),
-    *("local-copy", "overwrite", "private", "resume"),
+    *("commit", "create-pr", "expert-parallel", "fuse", "independent", "keep-unsupported"),
+    *("kernels", "local-copy", "overwrite", "private", "resume"),
 )
 _VALUED = (
     *(
@@ -30,7 +30,7 @@ _VALUED = (
         "max-shard-size",
         "target",
     ),
-    *("tensor-parallel", "workers"),
+    *("address", "executor", "part", "tensor-parallel", "workers"),
 )
 #: An option, with its value where the message says one; not in a command between backticks.
 _OPTION = re.compile(

@@ -115,6 +115,18 @@ def parse_layouts(texts: list[str]) -> dict[str, str]:
     return found
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """The two numbers of ``I/N``.
+
+    Raises:
+        UsageError: they are none.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if match is None:
+        raise UsageError(f"--part {shortened(text)!r}: write it as I/N, for instance 2/4")
+    return int(match[1]), int(match[2])
+
+
 def parse_counts(
     text: str, option: str = "--m", of: str = "tokens", example: str = "1,16,256"
 ) -> tuple[int, ...]:

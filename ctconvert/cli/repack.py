@@ -18,6 +18,7 @@ from ctconvert.cli.options import (
     Workers,
     directories,
     parse_layouts,
+    parse_part,
     parse_size,
     pattern_layouts,
     targets,
@@ -110,6 +111,19 @@ def repack(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read the output back and check it.")
     ] = True,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Make one of N shares of OUT's files; N such runs make all of it."
+        ),
+    ] = None,
+    commit: Annotated[
+        bool, typer.Option("--commit", help="Join the parts that --part has made into OUT.")
+    ] = False,
+    executor: Annotated[
+        str, typer.Option(metavar="[threads|ray]", help="What runs it: ray, a cluster's nodes.")
+    ] = "threads",
+    address: Annotated[str, typer.Option(help="Of the Ray cluster; none is started.")] = "auto",
     push: Annotated[
         str | None, typer.Option(metavar="REPO", help="Then put it on the Hub, as `push` does.")
     ] = None,
@@ -120,6 +134,7 @@ def repack(
         from ctconvert import api
 
         layouts, shard = parse_layouts(layout or []), parse_size(max_shard_size)
+        share = None if part is None else parse_part(part)
         model = at_revision(model, revision)
         if dry_run:
             from ctconvert.planning.make import refuse
@@ -165,6 +180,10 @@ def repack(
                 resume=resume,
                 overwrite=overwrite,
                 verify=verify,
+                part=share,
+                commit=commit,
+                executor=executor,
+                address=address,
                 push_to=push,
                 progress=progress,
             )
@@ -173,10 +192,14 @@ def repack(
 
 def _print(sink: Sink, report: Report, verified: bool) -> None:
     made = ", ".join(f"{count} x {name}" for name, count in report.layouts.items())
+    if report.part is not None:
+        ended = "; when all parts are made, join them with --commit"
+    else:
+        ended = ", verified" if verified else ", not verified"
     sink.line(
-        f"{report.out}: {report.modules} modules ({made or 'none'}), "
-        f"{report.copied_tensors} tensors copied, {size(report.output_bytes)} in "
-        f"{report.shards} file(s)" + (", verified" if verified else ", not verified")
+        f"{report.out}: {'' if report.part is None else f'part {report.part}: '}"
+        f"{report.modules} modules ({made or 'none'}), {report.copied_tensors} tensors copied, "
+        f"{size(report.output_bytes)} in {report.shards} file(s){ended}"
     )
     for refusal in report.kept:
         sink.line(f"kept unchanged: {refusal.module}: {refusal.reason}")

@@ -93,7 +93,10 @@ class Pushed(Struct, frozen=True, kw_only=True):
 
 
 class Report(Struct, frozen=True, kw_only=True):
-    """What a conversion or restoration did: ``--json`` of both verbs."""
+    """What a conversion or restoration did: ``--json`` of both verbs.
+
+    With ``part`` (``2/4``), all but the source is of that part, and nothing is at ``out`` yet.
+    """
 
     out: str
     target: str | None
@@ -108,6 +111,7 @@ class Report(Struct, frozen=True, kw_only=True):
     side_files: tuple[str, ...]
     notes: tuple[str, ...]
     pushed: Pushed | None = None
+    part: str | None = None
 
 
 class Difference(Struct, frozen=True, kw_only=True):

@@ -110,6 +110,8 @@ class LocalStore(Store):
     def fingerprint(self, name: str) -> str:
         """Size, inode and both times; the change time cannot be set back as ``touch`` can.
 
+        The device is left out: machines that see the same storage number it differently.
+
         Raises:
             ConversionError: the file is no longer what it was when the files were listed; what
                 was read of it since then and what is read now may not belong together.
@@ -137,7 +139,7 @@ class LocalStore(Store):
 
 
 def _print(found: os.stat_result) -> str:
-    return f"{found.st_size}-{found.st_dev}-{found.st_ino}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+    return f"{found.st_size}-{found.st_ino}-{found.st_mtime_ns}-{found.st_ctime_ns}"
 
 
 def _is_utf8(name: str) -> bool:

@@ -54,8 +54,13 @@ def exchange(a: Path, b: Path) -> bool:
     raise OSError(number, os.strerror(number), str(b))
 
 
-def take_lock(root: Path) -> int | None:
+def take_lock(root: Path, file: str | None = None) -> int | None:
     """Locks a partial output.
+
+    Args:
+        root: its directory.
+        file: a file in it to lock in its stead, which is made: other machines see the lock of a
+            file where the storage can do that, and that of a directory nowhere.
 
     Returns:
         a descriptor, which holds the lock until it is closed; None where another run holds it.
@@ -63,12 +68,13 @@ def take_lock(root: Path) -> int | None:
     Raises:
         OSError: there is no such directory, or a link in its place.
     """
+    kind = os.O_RDONLY | os.O_DIRECTORY if file is None else os.O_RDWR | os.O_CREAT
+    path = root if file is None else root / file
     while True:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(root, flags)
+        descriptor = os.open(path, kind | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), root.stat()):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
@@ -80,10 +86,10 @@ def take_lock(root: Path) -> int | None:
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[bool]:
+def locked(root: Path, file: str | None = None) -> Iterator[bool]:
     """Holds the lock of a partial output; False where another run does, or it is gone."""
     try:
-        descriptor = take_lock(root)
+        descriptor = take_lock(root, file)
     except OSError:
         descriptor = None
     try:

@@ -91,6 +91,11 @@ class LocalSink:
         except OSError as error:
             raise cannot_write(path, error) from None
         self.write(name, 0, memoryview(header))
+        try:
+            # another machine may write to the file, and must not have its first page written over
+            os.fsync(descriptor)
+        except OSError as error:
+            raise cannot_write(path, error) from None
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         try:
@@ -158,6 +163,11 @@ class LocalSink:
                 os.close(self._open.pop(name))
         except OSError as error:
             raise cannot_write(self.root / name, error) from None
+
+    def finish_all(self) -> None:
+        """:meth:`finish` for every file that was written to."""
+        for name in list(self._open):
+            self.finish(name)
 
     def put(self, name: str, data: bytes | Iterable[bytes | memoryview]) -> None:
         """Writes a whole file, durably.

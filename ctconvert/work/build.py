@@ -30,14 +30,16 @@ from ctconvert.store.checkpoint import CONFIG, INDEX, MANIFEST
 from ctconvert.store.direct import DiskStore
 from ctconvert.store.hub import to_download
 from ctconvert.store.local import LocalStore
-from ctconvert.store.places import check_links, check_place, recover
+from ctconvert.store.places import JOURNAL, check_links, check_place, recover
 from ctconvert.store.writer import LocalSink
 from ctconvert.version import __version__
 from ctconvert.work.executors import Executor
 from ctconvert.work.filling import Filling
 from ctconvert.work.jobs import Context, HashJob
-from ctconvert.work.journal import Identity
-from ctconvert.work.staging import Staging, discard_leftovers, unfinished_run
+from ctconvert.work.joining import Joining
+from ctconvert.work.journal import Commit, Identity, read_journal
+from ctconvert.work.shares import Share, hashed_by, share_of
+from ctconvert.work.staging import Staging, begun_in, discard_leftovers, root_of
 from ctconvert.work.verify import verify_output
 
 #: Tensors from which on the size of the manifest is worth a look.
@@ -55,6 +57,8 @@ class Settings:
         overwrite: replace what is there.
         verify: read the output back and check every hash before it appears.
         progress: told of bytes done.
+        share: make this share alone, in a folder of its own in the partial output.
+        commit: make nothing, but join the shares that are there.
     """
 
     executor: Executor
@@ -63,20 +67,23 @@ class Settings:
     resume: bool = False
     overwrite: bool = False
     verify: bool = True
+    share: Share | None = None
+    commit: bool = False
 
 
 def build(plan: Plan, store: Store, out: Path, settings: Settings) -> Report:
     """Makes a planned checkpoint under ``out``.
 
     Args:
-        plan: without refusals.
+        plan: without refusals; of the whole, where a share is made, too.
         store: what the plan was made of.
         out: the directory to make; its parent is made where missing.
         settings: how.
 
     Raises:
         UnsupportedError: the plan has refusals.
-        UsageError: ``out`` exists, overlaps the source or holds what files of it are links to.
+        UsageError: ``out`` exists, overlaps the source or holds what files of it are links to; a
+            share is not there to be joined, or not of this plan.
         BadInputError: the source's data is damaged (a NaN scale, a code out of range).
         ConversionError: the disk is full, a transform failed, or the source changed meanwhile.
     """
@@ -84,17 +91,26 @@ def build(plan: Plan, store: Store, out: Path, settings: Settings) -> Report:
     _check_manifest(plan)
     if settings.resume and settings.overwrite:
         raise UsageError("--resume and --overwrite contradict each other; give one of them")
+    if settings.share is not None and settings.commit:
+        raise UsageError("--part and --commit contradict each other; give one of them")
     local = store if isinstance(store, LocalStore) else None
     out = check_place(None if local is None else local.root, out)
     if local is not None:
         check_links(local, out)
     recover(out)
-    settings.progress.plan(plan)
+    made = plan if settings.share is None else share_of(plan, settings.share)
+    settings.progress.plan(made)
     with closing(store):
-        if settings.resume and (done := _complete(plan, store, out, settings)):
+        taken_over = settings.resume or settings.commit
+        if taken_over and (done := _complete(plan, store, out, settings)):
             return done
-        resumed = _Build(plan, store, out, settings).run()
-    return _report(plan, out, resumed)
+        if settings.share is not None and not made.shards:
+            settings.progress.note(
+                f"part {settings.share} makes nothing: there are {len(plan.shards)} output files; "
+                "a smaller --max-shard-size makes more of them"
+            )
+        resumed = _Build(plan, made, store, out, settings).run()
+    return _report(made, out, resumed, settings.share)
 
 
 def _check_manifest(plan: Plan) -> None:
@@ -135,15 +151,18 @@ def _complete(plan: Plan, store: Store, out: Path, settings: Settings) -> Report
             return None  # not this program's: the staging says what may be done with it
         if manifest.plan.options != plan.options or manifest.plan.kind != plan.kind:
             return None
+        committed = Commit(manifest.manifest_sha256) in read_journal(root_of(out) / JOURNAL)
+        if settings.overwrite and not committed:
+            return None  # another one, which the shares are to replace
         if not _made_of(manifest, plan, store, settings):
-            begun = unfinished_run(out)
+            begun = begun_in(root_of(out, settings.share))
             if begun is not None and begun.overwrite and begun.identity.options == _asked(plan):
                 return None
             raise UsageError(
                 f"{out} is complete, but the source has changed since it was made; use --overwrite "
                 "to convert it again"
             )
-        if settings.verify:
+        if settings.verify and settings.share is None:
             verify_output(Output(local), settings.executor, settings.progress)
     discard_leftovers(out, _asked(plan))
     settings.progress.note(f"{out} is already complete")
@@ -177,36 +196,57 @@ def _made_of(manifest: Manifest, plan: Plan, store: Store, settings: Settings) -
 class _Build:
     """One run of the lifecycle, from an open staging to a commit."""
 
-    def __init__(self, plan: Plan, store: Store, out: Path, settings: Settings) -> None:
+    def __init__(self, plan: Plan, made: Plan, store: Store, out: Path, settings: Settings) -> None:
         self.plan = plan
+        self.made = made
         self.store = store
         self.settings = settings
         self.watched = [file.name for file in (*plan.source.files, *plan.side_files)]
         self.prints = {name: store.fingerprint(name) for name in self.watched}
-        self.staging = Staging(out, Identity(_asked(plan), plan.digest(), self.prints))
+        identity = Identity(_asked(plan), plan.digest(), self.prints)
+        self.staging = Staging(out, identity, settings.share, settings.commit)
         self.hashes: dict[str, str] = {}
 
     def run(self) -> int:
         """Returns how many shards were taken over."""
-        settings, staging = self.settings, self.staging
-        sink = staging.open(resume=settings.resume, overwrite=settings.overwrite)
+        if not self.settings.commit:
+            return self._run(None)
+        with closing(Joining(self.plan, self.store, self.staging)) as joining:
+            joining.check()
+            return self._run(joining)
+
+    def _run(self, joining: Joining | None) -> int:
+        settings, staging, share = self.settings, self.staging, self.settings.share
+        taken_over = settings.resume or joining is not None
+        sink = staging.open(resume=taken_over, overwrite=settings.overwrite)
         try:
             if staging.note:
                 settings.progress.note(staging.note)
             filling = Filling(
-                self.plan,
+                self.made,
                 self.store,
                 staging,
                 settings.executor,
                 settings.progress,
                 settings.device,
+                {file.name for file in self.plan.source.hashed}
+                if share is None
+                else hashed_by(self.plan, share, self.store),
             )
             resumed = filling.take_over()
-            left = [shard for shard in self.plan.shards if shard.name not in staging.shards]
-            done = self.plan.tensor_bytes - sum(shard.size for shard in left)
-            kept = self._kept() if self.store.keep_in(staging.source) else 0
-            staging.check_space(disk_bytes(self.plan) - done + kept)
+            if joining is not None:
+                joining.move()
+                filling.know()
+                resumed = len(staging.shards)
+            left = [shard for shard in self.made.shards if shard.name not in staging.shards]
+            done = self.made.tensor_bytes - sum(shard.size for shard in left)
+            kept = self._kept() if left and self.store.keep_in(staging.source) else 0
+            staging.check_space(disk_bytes(self.made) - done + kept)
             filling.fill(left, sink)
+            if share is not None:
+                sink.sync()
+                self._check_unchanged()
+                return resumed
             self.hashes = filling.hashes
             manifest = self._finish(sink)
             self._check_unchanged()
@@ -227,7 +267,7 @@ class _Build:
         """Bytes of source files that lie beside the output at a time, at most."""
         source = self.plan.source
         files = {file.name: file.size for file in source.files}
-        return min(spool_bytes(self.plan), to_download(source.id, source.revision, files))
+        return min(spool_bytes(self.made), to_download(source.id, source.revision, files))
 
     def _finish(self, sink: LocalSink) -> Manifest:
         """Everything but the shards; the manifest last."""
@@ -299,7 +339,7 @@ class _Hashing:
         return self._digest.hexdigest()
 
 
-def _report(plan: Plan, out: Path, resumed: int) -> Report:
+def _report(plan: Plan, out: Path, resumed: int, share: Share | None = None) -> Report:
     converted = plan.kind == "converted"
     sources: Mapping[str, int] = {file.name: file.size for file in plan.source.files}
     return Report(
@@ -315,4 +355,5 @@ def _report(plan: Plan, out: Path, resumed: int) -> Report:
         output_bytes=plan.tensor_bytes,
         side_files=tuple(file.name for file in plan.side_files),
         notes=plan.notes,
+        part=None if share is None else str(share),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -40,6 +40,7 @@ class Filling:
         store: what they are made of.
         staging: where, and what of it is finished.
         executor, progress, device: as the build's settings have them.
+        hashed: the source files to hash.
     """
 
     plan: Plan
@@ -48,6 +49,7 @@ class Filling:
     executor: Executor
     progress: Progress
     device: str
+    hashed: Collection[str]
     #: BLAKE3 hash of every tensor that is whole.
     hashes: dict[str, str] = field(default_factory=dict)
 
@@ -79,13 +81,17 @@ class Filling:
             parts = self._whole_parts(made, whole)
         begun = {entry.file for part in parts.values() for entry in self._entries(part)}
         staging.keep_only(whole, begun, parts)
-        for hashes in staging.shards.values():
-            self.hashes |= hashes
+        self.know()
         if whole or parts:
             modules = len({item for item, _, _ in parts})
             also = f" and of others {modules} modules or parts" if parts else ""
             self.progress.note(f"{len(whole)} of {len(self.plan.shards)} shards{also} taken over")
         return len(whole)
+
+    def know(self) -> None:
+        """Takes the hashes of what is finished from the journal."""
+        for hashes in self.staging.shards.values():
+            self.hashes |= hashes
 
     def _whole_shards(self, made: LocalStore) -> set[str]:
         """The shards whose every tensor has the hash that the journal says."""
@@ -193,8 +199,11 @@ class Filling:
         return {
             file.name: HashJob(file.name, file.name, 0, file.size, counted=False, of_source=True)
             for file in self.plan.source.hashed
-            if file.name not in self.staging.sources
-            or (self._reading[file.name] and self.store.stated_sha256(file.name) is not None)
+            if file.name in self.hashed
+            and (
+                file.name not in self.staging.sources
+                or (self._reading[file.name] and self.store.stated_sha256(file.name) is not None)
+            )
         }
 
     def _release(self, file: str) -> None:

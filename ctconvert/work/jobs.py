@@ -101,6 +101,11 @@ class Job(ABC):
 
     name: str
 
+    @property
+    def writes(self) -> str | None:
+        """The output file that it writes to, None where it writes nothing."""
+        return None
+
     @abstractmethod
     def run(self, context: Context) -> Done:
         """Does it.
@@ -125,6 +130,10 @@ class PartJob(Job):
     @property
     def name(self) -> str:  # type: ignore[override]
         return self.item.name
+
+    @property
+    def writes(self) -> str:
+        return self.item.made[0].file
 
     @property
     def count(self) -> int:
@@ -207,6 +216,10 @@ class CopyJob(Job):
     @property
     def name(self) -> str:  # type: ignore[override]
         return self.item.name
+
+    @property
+    def writes(self) -> str:
+        return self.item.output.file
 
     def run(self, context: Context) -> Done:
         return Done(self, {self.name: copy_tensors(context, [self.item.source], self.item.output)})

@@ -6,6 +6,9 @@ directory without it is not ours, and is left alone. At the very end the checkpo
 OUT, or exchanged with what stands there in one step, so that OUT is at every moment what it was or
 the complete new checkpoint. Where the system cannot exchange directories, OUT is moved aside first;
 whoever opens it after a kill between the two renames brings it back.
+
+What one of several processes makes of a plan (:mod:`ctconvert.work.shares`) is built the same way
+in a folder of its own in ``OUT.partial``, and never renamed to OUT.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ from ctconvert.work.journal import (
     SourceDone,
     read_journal,
 )
+from ctconvert.work.shares import LOCK, Share, holds_a_lock_alone, shares_in
 
 _CHECKPOINT = "checkpoint"
 #: Where source files are kept that are fetched from afar.
@@ -57,11 +61,17 @@ class Staging:
     Args:
         out: the directory the checkpoint will be.
         identity: what it is made of.
+        share: the share of it that is made.
+        joins: shares are joined.
     """
 
-    def __init__(self, out: Path, identity: Identity) -> None:
+    def __init__(
+        self, out: Path, identity: Identity, share: Share | None = None, joins: bool = False
+    ) -> None:
         self.out = out
-        self.root = partial_of(out)
+        self.root = root_of(out, share)
+        self._share = share
+        self._joins = joins
         self.folder = self.root / _CHECKPOINT
         self.source = self.root / _SOURCE
         self.identity = identity
@@ -70,6 +80,8 @@ class Staging:
         self.sources: dict[str, str] = {}
         #: Parts of items that an earlier run has finished, of shards that it has not.
         self.parts: dict[Key, PartDone] = {}
+        #: The folders of the shares that were joined, which go with the rest.
+        self.joined: list[Path] = []
         #: Why an unfinished output was not taken over.
         self.note = ""
         self._journal = self.root / JOURNAL
@@ -111,9 +123,13 @@ class Staging:
 
     def _check(self, resume: bool, overwrite: bool) -> Begin | None:
         """What an unfinished run began with, where it may be continued or cleared away."""
-        first = unfinished_run(self.out)
+        first = begun_in(self.root)
         unfinished = self._journal.exists()
-        ours = self.root.is_dir() and (unfinished or is_empty(self.root))
+        if self._share is None:
+            self._check_shares()
+        else:
+            self._check_whole(self._share, overwrite)
+        ours = self.root.is_dir() and (unfinished or self._joins or self._is_new())
         if os.path.lexists(self.root) and (self.root.is_symlink() or not ours):
             raise UsageError(
                 f"{self.root} is in the way, and it is no unfinished conversion; move it or choose "
@@ -125,7 +141,7 @@ class Staging:
                 f"{self.root} holds an unfinished conversion; use --resume to continue it or "
                 "--overwrite to start again"
             )
-        if resume and first is not None and not same:
+        if resume and not overwrite and first is not None and not same:
             raise UsageError(
                 f"{self.root} was made with other options or by another version; use --overwrite "
                 "to start again"
@@ -143,9 +159,39 @@ class Staging:
             raise UsageError(f"{self.out} is a mount point; name a directory inside it")
         return first
 
+    def _is_new(self) -> bool:
+        return is_empty(self.root) if self._share is None else holds_a_lock_alone(self.root)
+
+    def _check_shares(self) -> None:
+        """Refuses to make all of what is being made in shares."""
+        if not self._joins and shares_in(self.root):
+            raise UsageError(
+                f"{self.root} holds parts of a conversion; join them with --commit, or remove it "
+                "to start again"
+            )
+
+    def _check_whole(self, share: Share, overwrite: bool) -> None:
+        """Refuses to make a share where all is being made, or shares are being joined."""
+        root = partial_of(self.out)
+        if os.path.lexists(root) and (root.is_symlink() or not _holds_shares(root)):
+            raise UsageError(
+                f"{root} is in the way, and it holds no parts of a conversion; move it or choose "
+                "another place"
+            )
+        if (root / JOURNAL).exists() and not overwrite:
+            raise UsageError(
+                f"{root} holds a conversion that is not in parts, or is being joined; finish it "
+                "with --resume or --commit, or use --overwrite to make this part all the same"
+            )
+        if others := {other.count for other in shares_in(root)} - {share.count}:
+            raise UsageError(
+                f"{root} holds parts of {min(others)}, and this is part {share}; remove it "
+                "to start again"
+            )
+
     def _take_lock(self) -> None:
         with suppress(FileNotFoundError):  # another run may have removed it at its end
-            self._lock = take_lock(self.root)
+            self._lock = take_lock(self.root, None if self._share is None else LOCK)
             if self._lock is None:
                 raise UsageError(f"{self.root} is being written by another run")
 
@@ -296,8 +342,14 @@ class Staging:
     def discard(self) -> None:
         """Removes the partial output."""
         with suppress(OSError):
-            self._clear()
-            self.root.rmdir()
+            for folder in self.joined:
+                _remove_share(folder)
+            if self._share is None:
+                self._clear()
+                self.root.rmdir()
+            else:
+                _remove_share(self.root)
+                self.root.parent.rmdir()  # where it was the only one
         self.close()
 
     def close(self) -> None:
@@ -307,9 +359,29 @@ class Staging:
             self._lock = None
 
 
-def unfinished_run(out: Path) -> Begin | None:
-    """How the unfinished run beside an output began, where there is one that says so."""
-    first = read_journal(partial_of(out) / JOURNAL)[:1]
+def root_of(out: Path, share: Share | None = None) -> Path:
+    """Where an output, or a share of it, is built."""
+    return partial_of(out) if share is None else partial_of(out) / share.folder
+
+
+def _holds_shares(root: Path) -> bool:
+    """Whether it is a partial output in which shares can be made."""
+    if not root.is_dir():
+        return False
+    shares = {path.name for path in shares_in(root).values()}
+    return (root / JOURNAL).is_file() or {path.name for path in root.iterdir()} <= shares
+
+
+def _remove_share(folder: Path) -> None:
+    """Removes what a share was made in: its journal and its lock at the end, as they say whose."""
+    for name in (_CHECKPOINT, _SOURCE, JOURNAL, LOCK):
+        remove(folder / name)
+    folder.rmdir()
+
+
+def begun_in(root: Path) -> Begin | None:
+    """How the unfinished run in a partial output began, where there is one that says so."""
+    first = read_journal(root / JOURNAL)[:1]
     return first[0] if first and isinstance(first[0], Begin) else None
 
 
@@ -322,7 +394,12 @@ def discard_leftovers(out: Path, options: str) -> None:
     with locked(root) as free:
         if not free:
             return
-        begun = unfinished_run(out)
+        for folder in shares_in(root).values():
+            begun = begun_in(folder)
+            with locked(folder, LOCK) as free, suppress(OSError):
+                if free and (begun is None or begun.identity.options == options):
+                    _remove_share(folder)
+        begun = begun_in(root)
         if begun is None:  # killed before it had begun, or at the very end
             ours = {path.name for path in root.iterdir()} <= {JOURNAL}
         else:

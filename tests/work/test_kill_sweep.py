@@ -42,6 +42,7 @@ from ctconvert.errors import UsageError
 from ctconvert.work import parts, staging
 from ctconvert.work.executors import Threads
 from ctconvert.work.journal import Begin, read_journal
+from ctconvert.work.shares import Share
 
 FULL = os.environ.get("CTCONVERT_SWEEP") == "full"
 #: One operation in so many, where the sweep is not full.
@@ -81,6 +82,22 @@ class Place:
 
     def restore(self, **flags: bool) -> None:
         restore(self.converted, self.out, **flags)
+
+    def share(self, index: int, **flags: bool) -> None:
+        repack(self.model, self.out, share=Share(index, 2), **flags)
+
+    def join(self, **flags: bool) -> None:
+        """As it is given again: by itself it takes over what it had begun."""
+        repack(self.model, self.out, commit=True, overwrite=flags.get("overwrite", False))
+
+    def shares(self, **flags: bool) -> None:
+        """All of it; what was begun is run again, up to what was joined already."""
+        try:
+            self.join()
+        except UsageError:
+            for index in (1, 2):
+                self.share(index, **flags)
+            self.join(**flags)
 
     def without_exchange(self, **flags: bool) -> None:
         """A conversion where the system cannot exchange two directories."""
@@ -168,6 +185,22 @@ def a_commit_without_the_cleaning_up(place: Place) -> None:
     assert place.out.exists() and place.partial.exists()
 
 
+def shares_to_join(place: Place) -> None:
+    for index in (1, 2):
+        place.share(index)
+
+
+def shares_to_replace(place: Place) -> None:
+    an_older_output(place)
+    for index in (1, 2):
+        place.share(index, overwrite=True)
+
+
+def a_half_joined_output(place: Place) -> None:
+    shares_to_join(place)
+    stopped(place, place.join, half_way)
+
+
 def an_older_restored_checkpoint(place: Place) -> None:
     restore(place.converted, place.out, max_shard_size=1_000_000)
 
@@ -190,6 +223,10 @@ SCENARIOS = {
     "repack --resume, committed": Scenario(
         a_commit_without_the_cleaning_up, Place.repack, ("resume",)
     ),
+    "repack in parts": Scenario(nothing, Place.shares),
+    "repack --commit": Scenario(shares_to_join, Place.join),
+    "repack --commit --overwrite": Scenario(shares_to_replace, Place.join, ("overwrite",)),
+    "repack --commit, again": Scenario(a_half_joined_output, Place.join),
     "repack experts": Scenario(nothing, Place.stack),
     "restore": Scenario(nothing, Place.restore),
     "restore --overwrite": Scenario(an_older_restored_checkpoint, Place.restore, ("overwrite",)),
