@@ -7,6 +7,9 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -502,3 +505,27 @@ def use_hub(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "HF_HUB_DOWNLOAD_TIMEOUT": 1,
     }.items():
         monkeypatch.setattr(constants, name, value)
+
+
+def _serve(arguments: list[str]) -> int:
+    """``hub.py org/name=FOLDER ... -- COMMAND``: runs a command, whose Hub has those folders."""
+    split = arguments.index("--")
+    hub = Hub()
+    hub.tokens.add("a-token")
+    for pair in arguments[:split]:
+        repo, _, folder = pair.partition("=")
+        hub.add(repo, Path(folder))
+    with tempfile.TemporaryDirectory() as home:
+        environment = hub_environment(hub, Path(home), HF_TOKEN="a-token")
+        del environment["PYTHONPATH"]  # the command runs what is installed, not this checkout
+        proxies = {
+            name: value for name, value in os.environ.items() if name[-6:].lower() == "_proxy"
+        }
+        environment |= proxies | {"NO_PROXY": "127.0.0.1,localhost"}  # pip may need them
+        code = subprocess.run(arguments[split + 1 :], env=environment).returncode
+    hub.close()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(_serve(sys.argv[1:]))
