@@ -64,7 +64,7 @@ def quantise(file: Path, folder: Path, group_size: int) -> torch.nn.Module:
     config = QuantizationConfig(
         config_groups={"group_0": group}, ignore=["lm_head"], format="pack-quantized"
     )
-    apply_quantization_config(model, config, show_progress=False)
+    apply_quantization_config(model, config)
     for module in model.modules():
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is None:

@@ -282,6 +282,7 @@ class Hub:
     def _api(self, request: Request, path: str) -> Any:
         repo_id = "/".join(path.split("/")[:2])
         kind, _, rest = path[len(repo_id) + 1 :].partition("/")
+        rest, _, folder = rest.partition("/")  # a slash of a revision is quoted
         repo, revision = self._repo(request, repo_id), unquote(rest or "main")
         if request.method == "POST":
             self._writes(request)
@@ -292,7 +293,13 @@ class Hub:
             repo.refs[revision] = self._revision(repo, start)
             return {}
         if kind == "tree":
-            return _tree(repo.commits[self._revision(repo, revision)])
+            files = repo.commits[self._revision(repo, revision)]
+            if folder:
+                start = f"{unquote(folder)}/"
+                files = {name: blob for name, blob in files.items() if name.startswith(start)}
+                if not files:
+                    raise Refused(404, "EntryNotFound")
+            return _tree(files)
         oid = self._revision(repo, revision)
         if kind == "preupload":
             return {"files": [_mode(file, repo.commits[oid]) for file in request.json["files"]]}
