@@ -14,9 +14,22 @@ if TYPE_CHECKING:
     from ctconvert.records import Refusal
 
 #: The options of the command line that are arguments of functions too; those without a value.
-_FLAGS = ("overwrite", "resume", "fuse", "keep-unsupported", "independent", "kernels")
+_FLAGS = (
+    *("create-pr", "expert-parallel", "fuse", "independent", "keep-unsupported", "kernels"),
+    *("local-copy", "overwrite", "private", "resume"),
+)
 _VALUED = (
-    *("against", "device", "dtype", "exclude", "include", "layout", "max-shard-size", "target"),
+    *(
+        "against",
+        "branch",
+        "device",
+        "dtype",
+        "exclude",
+        "include",
+        "layout",
+        "max-shard-size",
+        "target",
+    ),
     *("tensor-parallel", "workers"),
 )
 #: An option, with its value where the message says one; not in a command between backticks.

@@ -40,6 +40,7 @@ from ctconvert.output import Output
 from ctconvert.planning.memory import budget, comparison_bytes, item_bytes
 from ctconvert.store.base import CHUNK
 from ctconvert.store.local import LocalStore
+from ctconvert.transforms.compiled import LOOPS, WORTH
 from ctconvert.work.budget import Budget, CancelledError
 from ctconvert.work.executors import Threads
 from ctconvert.work.jobs import Context
@@ -369,6 +370,7 @@ def peak_of(action: Callable[[], object], warm: Callable[[], object]) -> int:
         try:
             torch.set_num_threads(1)
             ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, MIB)  # else it grows with what came before
+            LOOPS.after(WORTH)  # loading Numba takes memory of its own, once
             warm()
             POOL.clear()
             ctypes.CDLL(None).malloc_trim(0)  # what is free, but was not given back, hides growth

@@ -343,7 +343,7 @@ def test_options(tmp_path: Path) -> None:
     for options, message in (
         ({"tensor_parallel": 0}, "1 to 1024 ranks"),
         ({"tensor_parallel": 1025}, "1 to 1024 ranks"),
-        ({"expert_parallel": True}, "give --tensor-parallel too"),
+        ({"expert_parallel": True}, "expert_parallel=True needs .*: give tensor_parallel too"),
     ):
         with pytest.raises(UsageError, match=message):
             ctconvert.plan(source, target="triton", **options)  # type: ignore[arg-type]
