@@ -14,6 +14,7 @@ import argparse
 import copy
 import importlib.util
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def quantise(file: Path, folder: Path, group_size: int) -> torch.nn.Module:
     config = QuantizationConfig(
         config_groups={"group_0": group}, ignore=["lm_head"], format="pack-quantized"
     )
-    apply_quantization_config(model, config, show_progress=False)
+    apply_quantization_config(model, config)
     for module in model.modules():
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is None:
@@ -99,9 +100,13 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--gguf", type=Path, help="the GGUF file, if not the package's")
     parser.add_argument("--tolerance", type=float, default=0.02, help="relative, of the logits")
+    parser.add_argument("--keep", type=Path, help="leave both checkpoints in this new folder")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        source, out = Path(folder) / "w4a16", Path(folder) / args.target
+    with ExitStack() as stack:
+        folder = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if args.keep:
+            folder.mkdir(parents=True)
+        source, out = folder / "w4a16", folder / args.target
         plain = quantise(args.gguf or gguf_file(), source, args.group_size)
         report = ctconvert.repack(source, out, target=args.target)
         ctconvert.verify(out, against=source)

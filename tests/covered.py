@@ -1,9 +1,9 @@
 """What was converted for what: ``covered.py [--write] FOLDER ...``, of checkpoints or of one.
 
 Every checkpoint is converted for every target on the CPU and every code and scale compared with the
-source again. Prints a Markdown table, which ``--write`` puts into the README: ``ok``; a number
-where a target refuses a module, ``part`` where it takes others; the reasons below. What fails
-otherwise ends the run.
+source again. Prints a Markdown table, which ``--write`` puts into the page of the layouts: ``ok``;
+a number where a target refuses a module, ``part`` where it takes others; the reasons below. What
+fails otherwise ends the run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from readme import README, put
+from readme import LAYOUTS_PAGE, put
 
 import ctconvert
 from ctconvert.errors import BadInputError
@@ -90,7 +90,7 @@ def table(sources: list[Path]) -> str:
 def main(arguments: list[str]) -> None:
     made = table(checkpoints([text for text in arguments if text != "--write"]))
     if "--write" in arguments:
-        README.write_text(put(README.read_text(), "covered", made))
+        LAYOUTS_PAGE.write_text(put(LAYOUTS_PAGE.read_text(), "covered", made))
     else:
         print(made)
 

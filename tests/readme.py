@@ -1,7 +1,7 @@
-"""Parts of the README for programs: ``readme.py run|test|write``.
+"""Parts of the pages for programs: ``readme.py run|test|write``.
 
-``run`` and ``test`` print its first two commands, so that CI runs what a reader would; ``write``
-brings the tables that come from the registry up to date.
+``run`` and ``test`` print the README's first two commands, so that CI runs what a reader would;
+``write`` brings the tables that come from the registry up to date.
 """
 
 from __future__ import annotations
@@ -10,13 +10,25 @@ import re
 import sys
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+#: The page of the layouts, which has what was converted too.
+LAYOUTS_PAGE = ROOT / "ctconvert" / "layouts" / "README.md"
 
 
 def commands() -> dict[str, str]:
     """The README's first two code blocks."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     return {"run": blocks[0].strip(), "test": blocks[1].strip()}
+
+
+def machines_table() -> str:
+    """The targets and what each is for, from the registry."""
+    from ctconvert.layouts import MACHINES
+
+    lines = ["| target | for |", "|---|---|"]
+    lines += [f"| `{target}` | {machine} |" for target, machine in MACHINES.items()]
+    return "\n".join(lines)
 
 
 def layouts_table() -> str:
@@ -42,27 +54,32 @@ def targets_table() -> str:
     return "\n".join(lines)
 
 
-#: The parts of the README that programs write, each between ``<!-- name -->`` and ``<!-- end -->``.
-WRITTEN = {"layouts": layouts_table, "targets": targets_table}
+#: The parts of pages that programs write, each between ``<!-- name -->`` and ``<!-- end -->``.
+WRITTEN = {
+    README: {"machines": machines_table},
+    LAYOUTS_PAGE: {"layouts": layouts_table, "targets": targets_table},
+}
 
 
 def put(text: str, name: str, part: str) -> str:
-    """A README's text with one of its written parts replaced."""
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-    text, count = pattern.subn(lambda found: found[1] + part + found[2], text)
+    """A page's text with one of its written parts replaced."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    text, count = pattern.subn(lambda found: f"{found[1]}{part}\n{found[2]}", text)
     assert count == 1, name
     return text
 
 
-def written(text: str) -> str:
-    """A README's text with its written parts as they should be."""
-    for name, make in WRITTEN.items():
+def written(page: Path) -> str:
+    """A page's text with its written parts as they should be."""
+    text = page.read_text()
+    for name, make in WRITTEN[page].items():
         text = put(text, name, make())
     return text
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "write":
-        README.write_text(written(README.read_text()))
+        for page in WRITTEN:
+            page.write_text(written(page))
     else:
         print(commands()[sys.argv[1]])

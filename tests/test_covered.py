@@ -1,4 +1,4 @@
-"""The README's table of what was converted says what comes of a checkpoint."""
+"""The table of what was converted says what comes of a checkpoint."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ class Layout(ABC):
     name: ClassVar[str]
     #: Goes up whenever the bytes of any tensor change.
     version: ClassVar[int] = 1
-    #: One line for ``ctconvert layouts`` and the README: which weights it takes.
+    #: One line for ``ctconvert layouts`` and its page: which weights it takes.
     takes: ClassVar[str]
-    #: Local names of the tensors it writes, for ``ctconvert layouts`` and the README.
+    #: Local names of the tensors it writes, for ``ctconvert layouts`` and its page.
     writes: ClassVar[str]
-    #: The kernels that read it, for ``ctconvert layouts`` and the README; after a semicolon what
+    #: The kernels that read it, for ``ctconvert layouts`` and its page; after a semicolon what
     #: stands for them here where they are not: see ``runtime.kernels``.
     read_by: ClassVar[str]
     #: Of the activations that its bytes are made for, where they depend on it.

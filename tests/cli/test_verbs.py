@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHECKPOINTS, EXAMPLE, ROOT
-from readme import README, commands, written
+from readme import README, WRITTEN, commands, written
 from support.cli import program, run
 
 import ctconvert
@@ -243,12 +243,12 @@ def test_the_schema_is_the_one_in_the_package() -> None:
     )
 
 
-def test_the_readme_holds_the_layouts_and_the_commands() -> None:
-    text = README.read_text()
-    assert written(text) == text, "python tests/readme.py write"
+def test_the_pages_hold_the_layouts_and_the_commands() -> None:
+    for page in WRITTEN:
+        assert written(page) == page.read_text(), "python tests/readme.py write"
     assert set(commands()) == {"run", "test"}
     assert "pytest" in commands()["test"]
     assert "ctconvert repack examples/" in commands()["run"]
     assert all("\n" not in command for command in commands().values())
     for verb in VERBS:
-        assert f"`{verb}" in text
+        assert f"`{verb}" in README.read_text()

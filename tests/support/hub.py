@@ -7,6 +7,9 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -279,6 +282,7 @@ class Hub:
     def _api(self, request: Request, path: str) -> Any:
         repo_id = "/".join(path.split("/")[:2])
         kind, _, rest = path[len(repo_id) + 1 :].partition("/")
+        rest, _, folder = rest.partition("/")  # a slash of a revision is quoted
         repo, revision = self._repo(request, repo_id), unquote(rest or "main")
         if request.method == "POST":
             self._writes(request)
@@ -289,7 +293,13 @@ class Hub:
             repo.refs[revision] = self._revision(repo, start)
             return {}
         if kind == "tree":
-            return _tree(repo.commits[self._revision(repo, revision)])
+            files = repo.commits[self._revision(repo, revision)]
+            if folder:
+                start = f"{unquote(folder)}/"
+                files = {name: blob for name, blob in files.items() if name.startswith(start)}
+                if not files:
+                    raise Refused(404, "EntryNotFound")
+            return _tree(files)
         oid = self._revision(repo, revision)
         if kind == "preupload":
             return {"files": [_mode(file, repo.commits[oid]) for file in request.json["files"]]}
@@ -502,3 +512,27 @@ def use_hub(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "HF_HUB_DOWNLOAD_TIMEOUT": 1,
     }.items():
         monkeypatch.setattr(constants, name, value)
+
+
+def _serve(arguments: list[str]) -> int:
+    """``hub.py org/name=FOLDER ... -- COMMAND``: runs a command, whose Hub has those folders."""
+    split = arguments.index("--")
+    hub = Hub()
+    hub.tokens.add("a-token")
+    for pair in arguments[:split]:
+        repo, _, folder = pair.partition("=")
+        hub.add(repo, Path(folder))
+    with tempfile.TemporaryDirectory() as home:
+        environment = hub_environment(hub, Path(home), HF_TOKEN="a-token")
+        del environment["PYTHONPATH"]  # the command runs what is installed, not this checkout
+        proxies = {
+            name: value for name, value in os.environ.items() if name[-6:].lower() == "_proxy"
+        }
+        environment |= proxies | {"NO_PROXY": "127.0.0.1,localhost"}  # pip may need them
+        code = subprocess.run(arguments[split + 1 :], env=environment).returncode
+    hub.close()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(_serve(sys.argv[1:]))

@@ -21,7 +21,7 @@ from ctconvert.records import rank_prefix
 logger = init_logger("vllm.ctconvert")
 
 #: Versions of vLLM that the plugin's tests pass with; another is told of, once.
-TESTED = ("0.32.0",)
+TESTED = ("0.26.0", "0.32.0")
 
 
 class _OwnRank:
