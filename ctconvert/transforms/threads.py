@@ -37,6 +37,8 @@ def spread(work: Callable[[Sequence[Item]], None], items: Sequence[Item], nbytes
     may write to: the mode is a thread's own, and what the caller allocated may have been made in
     it. The error raised is that of the first share that has one.
     """
+    if not items:
+        return
     workers = 1
     if nbytes >= THREADED_BYTES and threading.current_thread() is threading.main_thread():
         workers = min(torch.get_num_threads(), len(items), _MAX_THREADS)

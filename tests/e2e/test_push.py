@@ -184,7 +184,7 @@ def test_a_pull_request_and_a_branch(hub: Hub, out: Path) -> None:
     assert found.revision == "refs/pr/1" and found.pull_request is not None
     assert files(hub).keys() == {".gitattributes"}
     assert ctconvert.verify("org/new@refs/pr/1").modules == 3
-    with pytest.raises(UsageError, match="without --branch"):
+    with pytest.raises(UsageError, match="without branch"):
         ctconvert.push(out, "org/new", create_pr=True, branch="v2")
 
 
