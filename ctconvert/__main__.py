@@ -18,8 +18,10 @@ def main() -> None:
         code = run(sys.argv[1:])
     except Stopped:  # before or after the command itself, which catches it
         code = SIGNALS.code or 1
-        if line := SIGNALS.line():
-            sys.stderr.write(f"error: {line}\n")
+        if line := SIGNALS.line:
+            with SIGNALS.telling():
+                sys.stderr.write(f"error: {line}\n")
+                sys.stderr.flush()
             if "--json" in sys.argv:
                 sys.stdout.write(_stopped(code, line))
     SIGNALS.done(code)

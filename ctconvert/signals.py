@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 _WORDS = {
@@ -32,6 +33,7 @@ class Signals:
         #: What ends the line that a signal leaves: how to go on.
         self.advice = ""
         self._line = ""
+        self._telling = self._again = False
 
     def install(self) -> None:
         """Handles the signals; those that the caller had ignored (``nohup``) stay ignored."""
@@ -44,15 +46,30 @@ class Signals:
             self.code = 128 + number
             self._line = _WORDS[signal.Signals(number)] + self.advice
             raise Stopped
-        if line := self.line():
+        if self._telling:
+            self._again = True
+            return
+        if self._line:
             with suppress(OSError):  # nobody may be there to read it
-                os.write(2, f"error: {line}\n".encode())
+                os.write(2, f"error: {self._line}\n".encode())
         os._exit(self.code)
 
+    @property
     def line(self) -> str:
-        """The line to leave, once."""
-        line, self._line = self._line, ""
-        return line
+        """The line to leave, until it was told."""
+        return self._line
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """The line is written meanwhile: whole and once, whenever another signal comes."""
+        self._telling = True
+        try:
+            yield
+            self._line = ""
+        finally:
+            self._telling = False
+            if self._again:
+                os._exit(self.code or 1)
 
     def done(self, code: int) -> None:
         """The run is over: a signal that comes while the interpreter ends changes nothing."""

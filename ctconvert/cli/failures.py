@@ -71,7 +71,8 @@ def tell(error: BaseException, sink: Sink, device: str = "cpu") -> int:
     first, rest = failure.error.message, []
     if isinstance(error, UnsupportedError):
         first, *rest = first.split("\n")
-    LOG.error(first)
+    with SIGNALS.telling():
+        LOG.error(first)
     for line in rest:  # one a refusal
         LOG.error(line, extra={"follows": True})
     if rest:  # which are records in JSON
@@ -100,7 +101,7 @@ def failed(code: int, kind: Any, message: str, **about: Any) -> Failure:
 def _failure(error: BaseException, device: str) -> Failure | None:
     """What there is to say of an error; None of a mistake of this program."""
     if isinstance(error, Stopped | KeyboardInterrupt):
-        line = SIGNALS.line() or "interrupted" + SIGNALS.advice
+        line = SIGNALS.line or "interrupted" + SIGNALS.advice
         return failed(SIGNALS.code or 130, "Interrupted", line)
     if isinstance(error, CtconvertError):
         return failed(
