@@ -148,7 +148,7 @@ SKIPPED = "torch triton transformers compressed_tensors huggingface_hub typer ri
 def test_types_are_there_where_it_is_installed(kind: str, tmp_path: Path) -> None:
     """``py.typed`` is found in both kinds of installation, by mypy in its strict mode."""
     pytest.importorskip("mypy")
-    backend = pytest.importorskip("setuptools.build_meta")
+    backend = pytest.importorskip("hatchling.build")
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
