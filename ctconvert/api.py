@@ -221,7 +221,8 @@ def repack(
         model, target, fuse, keep_unsupported, include, exclude, layout, max_shard_size, dtype,
             tensor_parallel, expert_parallel: as for :func:`plan`.
         out: the directory to make; ``MODEL-TARGET`` beside the model where not given.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``: where transforms run.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``: where transforms run; without
+            an index, on all of that kind.
         local_copy: download a Hub model into the local cache first; else its files are fetched
             as they are needed, and kept beside ``out`` no longer than that.
         workers: threads that read, transform and write; chosen by the machine where None.
@@ -291,11 +292,12 @@ def repack(
 
 
 def _device(name: str) -> str:
-    """The device of a ``--device`` argument, by name."""
+    """What ``--device`` names; all devices of a kind where it has no index."""
     with no_collection():  # importing torch, a tenth of which is else looking for garbage
-        from ctconvert.transforms.device import resolve
+        from ctconvert.transforms.device import every
 
-    return str(resolve(name))
+    found = every(name)
+    return str(found[0]) if len(found) == 1 else found[0].type
 
 
 def _executor(workers: int | None) -> Executor:

@@ -33,6 +33,7 @@ from ctconvert.records import Convert, Restore, SourceModule
 from ctconvert.specs import QuantizedWeight, TensorSpec, WeightSpec, differing_field
 from ctconvert.store.safetensors import TensorEntry
 from ctconvert.transforms import cuts
+from ctconvert.transforms.device import to_host
 from ctconvert.transforms.dtypes import same_bits, spec_of, torch_dtype
 
 #: Gives the tensor of an entry, on the CPU, in memory of its own.
@@ -155,7 +156,7 @@ def encode(
             "bug in ctconvert, and the module was not written",
             module=item.name,
         )
-    return {local: tensor.cpu() for local, tensor in made.items()}
+    return {local: to_host(tensor) for local, tensor in made.items()}
 
 
 def check_specs(item: Convert, layout: Layout, made: Mapping[str, torch.Tensor]) -> None:
@@ -368,7 +369,7 @@ def _as_stored(local: str, tensor: torch.Tensor, spec: TensorSpec) -> torch.Tens
     wider = {have.dtype, spec.dtype} <= _INTEGERS and spec.nbytes > have.nbytes
     if math.prod(spec.shape) != tensor.numel() or not (have.dtype == spec.dtype or wider):
         raise ValueError(f"{local} is {have}, and the source's was {spec}")
-    return tensor.cpu().to(torch_dtype(spec.dtype)).reshape(spec.shape).contiguous()
+    return to_host(tensor).to(torch_dtype(spec.dtype)).reshape(spec.shape).contiguous()
 
 
 def compare(item: Convert, unit: int, made: Read, original: Read, device: torch.device) -> int:

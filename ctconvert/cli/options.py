@@ -64,7 +64,10 @@ JsonEvents = Annotated[
         metavar="FILE|-", help="Write what happens to a file or stdout, a JSON object a line."
     ),
 ]
-Device = Annotated[str, typer.Option(help="Where transforms run: auto, cpu, cuda, cuda:1, xpu.")]
+Device = Annotated[
+    str,
+    typer.Option(help="Where transforms run: auto, cpu, cuda (all GPUs), cuda:1 (that one), xpu."),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,7 +15,7 @@ from ctconvert.errors import ConversionError, UsageError, VerificationError
 from ctconvert.layouts import get as get_layout
 from ctconvert.output import Output
 from ctconvert.records import Convert, rank_prefix
-from ctconvert.runtime import kernels
+from ctconvert.runtime import kernels, reading
 from ctconvert.runtime.kernels import Binding
 from ctconvert.runtime.modules import (
     KernelEmbedding,
@@ -25,6 +26,7 @@ from ctconvert.runtime.modules import (
 from ctconvert.store.safetensors import TensorEntry
 from ctconvert.transforms import device as devices
 
+Tensors = dict[str, torch.Tensor]
 Modules = dict[str, KernelLinear | KernelEmbedding | KernelExperts]
 
 
@@ -54,6 +56,8 @@ def binding(module: Convert) -> Binding:
 class Loader:
     """A converted checkpoint, open: its modules and tensors, read straight to the device by name.
 
+    On the CPU tensors stay mapped.
+
     Args:
         out: a converted checkpoint, or its directory.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``xpu``.
@@ -67,21 +71,25 @@ class Loader:
     def __init__(self, out: str | Path | Output, device: str = "auto") -> None:
         self.output = out if isinstance(out, Output) else Output.open(out)
         self.device = devices.resolve(device)
-        self.folder = Path(self.output.where)
         self.converted = {module.name: module for module in self.output.plan.modules}
         self.bindings = {name: binding(module) for name, module in self.converted.items()}
         self._stack = ExitStack()
-        self._files = {
-            shard.name: self._stack.enter_context(
-                safe_open(self.folder / shard.name, "pt", device=str(self.device))
-            )
-            for shard in self.output.plan.shards
-        }
+        self._stack.callback(self.output.store.close)
+        self._mapped: dict[str, Any] = {}
         try:
+            for shard in self.output.plan.shards:
+                self._open(shard.name)
             self.output.check_unchanged()  # what is open now is what its manifest means
         except ConversionError:
             self._stack.close()
             raise
+
+    def _open(self, file: str) -> None:
+        if self.device.type == "cpu":
+            path = Path(self.output.where) / file
+            self._mapped[file] = self._stack.enter_context(safe_open(path, "pt"))
+        else:
+            self.output.store.read(file, 0, 1)  # and the store holds it open
 
     def __enter__(self) -> Loader:
         return self
@@ -96,13 +104,11 @@ class Loader:
             for name, module in self.converted.items()
         }
 
-    def read(self, entries: Iterable[TensorEntry]) -> dict[str, torch.Tensor]:
+    def read(self, entries: Iterable[TensorEntry]) -> Tensors:
         """Tensors of the checkpoint on the device, by full name."""
-        return {entry.name: self._files[entry.file].get_tensor(entry.name) for entry in entries}
-
-    def load(self, names: Iterable[str]) -> Modules:
-        """What :meth:`modules` gives of several converted modules."""
-        return {key: made for name in names for key, made in self.modules(name).items()}
+        if self.device.type == "cpu":
+            return {one.name: self._mapped[one.file].get_tensor(one.name) for one in entries}
+        return reading.read(self.output.store, entries, self.device)
 
     def modules(self, name: str) -> Modules:
         """The modules of one converted module: itself, or ``NAME.e`` for each expert of a 3-D one.
@@ -110,14 +116,33 @@ class Loader:
         Where a kernel runs the experts of a 3-D one together, ``NAME`` is that, of the same
         tensors. Those go from the file to the device once; on the CPU they stay mapped.
         """
-        binding, module = self.bindings[name], self.converted[name]
-        cut = len(module.prefix)
-        tensors = {key[cut:]: tensor for key, tensor in self.read(module.outputs).items()}
+        return self.load([name])
+
+    def load(self, names: Iterable[str]) -> Modules:
+        """What :meth:`modules` gives of several converted modules, read at once."""
+        chosen = [self.converted[name] for name in names]
+        entries = {entry.name: entry for module in chosen for entry in self._entries(module)}
+        tensors = self.read(entries.values())
+        return {key: made for m in chosen for key, made in self._modules(m, tensors).items()}
+
+    def _entries(self, module: Convert) -> list[TensorEntry]:
+        """What of the checkpoint a module is made of."""
+        found = list(module.outputs)
+        if "bias" in module.beside:
+            found.append(module.beside["bias"])
+        elif module.rank is not None and "bias" in module.sources[0].beside:
+            names = [source.beside["bias"].name for source in module.sources]
+            found += [self.output.plan.entries[name] for name in names]
+        return found
+
+    def _modules(self, module: Convert, given: Tensors) -> Modules:
+        name, binding = module.name, self.bindings[module.name]
+        tensors = {one.name[len(module.prefix) :]: given[one.name] for one in module.outputs}
         bias = None
         if (entry := module.beside.get("bias")) is not None:
-            bias = self.read([entry])[entry.name]
+            bias = given[entry.name]
         elif module.rank is not None and "bias" in module.sources[0].beside:
-            bias = self._rank_bias(module)
+            bias = _rank_bias(module, given)
         kind = KernelEmbedding if binding.spec.embedding else KernelLinear
         if module.experts is None:
             return {name: kind(binding, tensors, bias)}
@@ -129,22 +154,23 @@ class Loader:
             found[name] = KernelExperts(binding, tensors, bias)
         return found
 
-    def _rank_bias(self, module: Convert) -> torch.Tensor | None:
-        """The rank's rows of what all ranks have; where K is cut, the first rank alone adds it."""
-        if any((part.columns or (0, 0))[0] for part in leaves(module.units[0])):
-            return None
-        each = [
-            torch.cat([self._part_bias(module, part) for part in leaves(unit)])
-            for unit in module.units
-        ]
-        return each[0] if module.experts is None else torch.stack(each)
 
-    def _part_bias(self, module: Convert, part: Part) -> torch.Tensor:
-        name = module.sources[part.source].beside["bias"].name
-        whole = self.read([self.output.plan.entries[name]])[name]
-        if part.expert is not None:
-            whole = whole[part.expert]
-        return whole if part.rows is None else whole[slice(*part.rows)]
+def _rank_bias(module: Convert, given: Tensors) -> torch.Tensor | None:
+    """The rank's rows of what all ranks have; where K is cut, the first rank alone adds it."""
+    if any((part.columns or (0, 0))[0] for part in leaves(module.units[0])):
+        return None
+    each = [
+        torch.cat([_part_bias(module, part, given) for part in leaves(unit)])
+        for unit in module.units
+    ]
+    return each[0] if module.experts is None else torch.stack(each)
+
+
+def _part_bias(module: Convert, part: Part, given: Tensors) -> torch.Tensor:
+    whole = given[module.sources[part.source].beside["bias"].name]
+    if part.expert is not None:
+        whole = whole[part.expert]
+    return whole if part.rows is None else whole[slice(*part.rows)]
 
 
 def load(out: str | Path, device: str = "auto", rank: int | None = None) -> Modules:

@@ -36,6 +36,26 @@ def resolve(name: str) -> torch.device:
     return torch.device(kind, int(index or 0))
 
 
+def every(name: str) -> tuple[torch.device, ...]:
+    """The devices that share work: all of a kind that is named without an index.
+
+    Raises:
+        UsageError: as :func:`resolve`.
+    """
+    first = resolve(name)
+    if first.type == "cpu" or ":" in name:
+        return (first,)
+    return tuple(torch.device(first.type, index) for index in range(_count(first.type)))
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU, where one of a device is in pinned memory, which torch uses again."""
+    if tensor.device.type == "cpu":
+        return tensor
+    made = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return made.copy_(tensor)
+
+
 def _count(kind: str) -> int:
     backend = getattr(torch, kind, None)
     return int(backend.device_count()) if backend is not None and backend.is_available() else 0

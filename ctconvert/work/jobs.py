@@ -45,7 +45,7 @@ class Context:
         source: what they read.
         sink: where they write.
         against: what they compare with; of a build, what it has written.
-        device: where transforms run, as ``--device`` names it.
+        device: where transforms run, as ``--device`` names it: ``cuda`` is all of them.
         memory: bytes that jobs may hold between them.
         progress: told of bytes done.
     """
@@ -61,9 +61,9 @@ class Context:
         self.budget = Budget(self.memory)
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._once: dict[str, _Once] = {}
+        self._once: dict[object, _Once] = {}
 
-    def once(self, key: str, make: Callable[[], T]) -> T:
+    def once(self, key: object, make: Callable[[], T]) -> T:
         """What ``make`` gives, which is called once for all jobs of this process that ask."""
         with self._lock:
             found = self._once.setdefault(key, _Once())

@@ -15,30 +15,45 @@ from ctconvert.planning.memory import comparison_bytes, item_bytes
 from ctconvert.specs import TensorSpec
 from ctconvert.store.base import Store
 from ctconvert.store.safetensors import TensorEntry, total_bytes
-from ctconvert.transforms.device import is_out_of_memory, resolve
+from ctconvert.transforms.device import is_out_of_memory
 from ctconvert.transforms.dtypes import empty, from_bytes, raw_bytes
 from ctconvert.transforms.threads import stay_in_thread
 from ctconvert.work.jobs import Context, Done, Job, PartJob, TensorWriter, copy_tensors, written
+from ctconvert.work.lanes import lanes_of
 
 
-def read_tensor(store: Store, entry: TensorEntry) -> torch.Tensor:
-    """One tensor of a store, on the CPU, in memory of its own."""
-    data = empty((entry.nbytes,), torch.uint8)
+def read_tensor(store: Store, entry: TensorEntry, pinned: bool = False) -> torch.Tensor:
+    """One tensor of a store, on the CPU, in memory of its own; ``pinned``: for a device's copy."""
+    if pinned:
+        data = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=True)
+    else:
+        data = empty((entry.nbytes,), torch.uint8)
     if entry.nbytes:
         store.read_into(entry.file, entry.offset, data.numpy().data)
     return from_bytes(data, entry.spec)
 
 
+def _reader(store: Store, device: torch.device) -> codec.Read:
+    """Reads what is then copied to the device."""
+    return partial(read_tensor, store, pinned=device.type != "cpu")
+
+
 @contextmanager
-def _transforming(name: str, device: str) -> Iterator[None]:
-    """One line for a host or a device without memory left; one thread for a worker."""
+def _transforming(name: str, context: Context) -> Iterator[torch.device]:
+    """On the thread's device and stream, and one thread for a worker.
+
+    One line for a host or a device without memory left.
+    """
     stay_in_thread()
+    lane = lanes_of(context).mine()
+    device = lane.device
     try:
-        yield
+        with lane.current():
+            yield device
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = "fewer --workers" if device == "cpu" else "--device cpu"
+        advice = "fewer --workers" if device.type == "cpu" else "--device cpu"
         raise ConversionError(f"{name}: out of memory on {device}; use {advice}") from None
 
 
@@ -56,14 +71,14 @@ class ConvertJob(PartJob):
     item: records.Convert
 
     def run(self, context: Context) -> Done:
-        item, device = self.item, resolve(context.device)
-        read = partial(read_tensor, context.source)
-        units = self.units
+        item, units = self.item, self.units
         writers: dict[str, TensorWriter] = {}
         for entry in item.outputs:
             one = entry.nbytes // len(item.units)
             writers[entry.name] = TensorWriter(context, entry, units.start * one, len(units) * one)
-        with _transforming(item.name, context.device):
+        kernels = item.recipe.layout, item.recipe.weight.bits
+        with _transforming(item.name, context) as device, lanes_of(context).compiling(kernels):
+            read = _reader(context.source, device)
             power = context.once(item.name, partial(_common_power, context, item))
             for unit in units:
                 context.check_running()
@@ -85,11 +100,11 @@ class RestoreJob(PartJob):
     item: records.Restore
 
     def run(self, context: Context) -> Done:
-        item, device = self.item, resolve(context.device)
-        read = partial(read_tensor, context.source)
+        item = self.item
         outputs = {entry.name: entry for entry in item.outputs}
         writers: dict[str, TensorWriter] = {}
-        with _transforming(item.name, context.device):
+        with _transforming(item.name, context) as device:
+            read = _reader(context.source, device)
             for unit in self.units:
                 context.check_running()
                 with context.budget.hold(item_bytes(item)):
@@ -157,9 +172,9 @@ class CompareSourcesJob(Job):
         dense = TensorSpec(spec.element, (spec.n, spec.k)).nbytes
         whole = [e for local, e in self.original.tensors.items() if local not in self.made.values]
         share = total_bytes(whole) // count
-        reads = [partial(read_tensor, store) for store in (context.source, context.against)]
-        device = resolve(context.device)
-        with _transforming(self.name, context.device):
+        stores = context.source, context.against
+        with _transforming(self.name, context) as device:
+            reads = [_reader(store, device) for store in stores]
             for expert in [None] if self.made.experts is None else range(count):
                 context.check_running()
                 with context.budget.hold(2 * (self.made.nbytes // count + dense)):
@@ -184,11 +199,12 @@ class CompareJob(PartJob):
 
     def run(self, context: Context) -> Done:
         assert context.against is not None
-        made, original = (partial(read_tensor, s) for s in (context.source, context.against))
-        with _transforming(self.item.name, context.device):
+        stores = context.source, context.against
+        with _transforming(self.item.name, context) as device:
+            made, original = (_reader(store, device) for store in stores)
             for unit in self.units:
                 context.check_running()
                 with context.budget.hold(comparison_bytes(self.item)):
-                    count = codec.compare(self.item, unit, made, original, resolve(context.device))
+                    count = codec.compare(self.item, unit, made, original, device)
                 context.progress.advance(count)
         return Done(self)

@@ -1,12 +1,13 @@
 """Whole repack processes beside a copy of the same files.
 
 ``python tests/bench/whole_run.py FOLDER [--gb 2] [--cases w4a16-triton,...] [--rounds 3]
-[--device cpu]`` makes checkpoints of Llama-8B's shapes in FOLDER (and finds them there the next
-time), converts each once and checks the result, then takes turns: ``cp -r MODEL COPY && sync``,
-``repack --no-verify``, ``repack``, a process each, the source in the page cache and the output's
-place empty. It prints medians, and for CPU seconds (user and system) and page faults the least,
-which other work on the machine disturbs less. Peak memory is the process's largest resident set,
-shared libraries included.
+[--device cpu] [--write]`` makes checkpoints of Llama-8B's shapes in FOLDER (and finds them there
+the next time; no more with ``--write``), converts each once and checks the result, then takes
+turns: ``cp -r MODEL COPY && sync``, ``repack --no-verify``, ``repack``, a process each, the source
+in the page cache and the output's place empty. It prints medians, the source's bytes over them, and
+the first conversion apart, in which a GPU's kernels may be compiled; for CPU seconds (user and
+system) and page faults the least, which other work on the machine disturbs less. Peak memory is the
+process's largest resident set, shared libraries included.
 """
 
 from __future__ import annotations
@@ -248,13 +249,14 @@ def cost(command: list[str]) -> Cost:
     return Cost(*json.loads(done.stdout))
 
 
-def _row(case: str, what: str, found: list[Cost], copied: float) -> dict[str, object]:
+def _row(case: str, what: str, found: list[Cost], copied: float, size: int) -> dict[str, object]:
     seconds = statistics.median(one.seconds for one in found)
     return {
         "case": case,
         "run": what,
         "s": f"{seconds:.2f}",
         "of a copy's": f"{seconds / copied:.2f}",
+        "GB/s": f"{size / seconds / 1e9:.2f}",
         "CPU s": f"{min(one.user + one.system for one in found):.2f}",
         "of it system": f"{min(one.system for one in found):.2f}",
         "faults, 1000": min(one.faults for one in found) // 1000,
@@ -269,6 +271,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--write", action="store_true", help="make the checkpoints, no more")
     given = parser.parse_args()
     program = [sys.executable, "-m", "ctconvert"]
     rows: list[dict[str, object]] = []
@@ -276,6 +279,8 @@ def main() -> None:
         case = CASES[name]
         model = given.folder / f"{case.kind}-{given.gb:g}"
         write(model, case.kind, int(given.gb * 1e9))
+        if given.write:
+            continue
         out, copy = given.folder / "out", given.folder / "copy"
         repack = [*program, "repack", str(model), str(out), "--target", case.target]
         repack += ["--device", given.device]
@@ -291,18 +296,21 @@ def main() -> None:
             os.sync()
 
         clear()
-        cost(repack)
+        found: dict[str, list[Cost]] = {"first, verified": [cost(repack)]}
         cost([*program, "verify", str(out), "--against", str(model)])
         if not case.check(of_module(model, CHECKED), of_module(out, CHECKED)):
             raise SystemExit(f"{name}: {CHECKED} is not what it should be")
-        found: dict[str, list[Cost]] = {what: [] for what in commands}
+        found |= {what: [] for what in commands}
         for _ in range(given.rounds):
             for what, command in commands.items():
                 clear()
                 found[what].append(cost(command))
         clear()
         copied = statistics.median(one.seconds for one in found["cp -r && sync"])
-        rows += [_row(name, what, costs, copied) for what, costs in found.items()]
+        size = (model / "model.safetensors").stat().st_size
+        rows += [_row(name, what, costs, copied, size) for what, costs in found.items()]
+    if given.write:
+        return
     print(f"{given.gb:g} GB, {os.cpu_count()} CPU cores, {given.device}")
     print_table(rows)
 
