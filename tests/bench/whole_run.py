@@ -20,7 +20,8 @@ import statistics
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,8 @@ SHAPES = {
     "mlp.down_proj": (4096, 14336),
 }
 GROUP = 128
+#: Bytes of a shard, about.
+SHARD = 5 * 10**9
 CHECKED = "model.layers.0.self_attn.k_proj"
 #: FP8 weights, and activations that are quantised per token.
 _FLOATS = {"strategy": "channel", "type": "float", "num_bits": 8, "symmetric": True}
@@ -136,13 +139,38 @@ def module_tensors(kind: str, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def write(folder: Path, kind: str, size: int) -> None:
-    """A checkpoint of ``size`` bytes or a little more, in one file; nothing where it is there."""
+    """A checkpoint of ``size`` bytes or a little more, in shards; nothing where it is there."""
     if (folder / "config.json").exists():
         return
     one = list(module_tensors(kind, 0))
-    layers = -(-size // sum(tensor.nbytes for _, tensor in one))
+    per_layer = sum(tensor.nbytes for _, tensor in one)
+    layers = range(-(-size // per_layer))
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _cut(layers, max(1, SHARD // per_layer))
+    index: dict[str, str] = {}
+    for number, inside in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        index |= dict.fromkeys(_write_shard(folder / file, kind, inside, one), file)
+    if len(shards) == 1:
+        (folder / file).rename(folder / "model.safetensors")
+    else:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+    quantization = {"quant_method": "compressed-tensors", **KINDS[kind].config}
+    text_of_it = json.dumps(config | {"quantization_config": quantization}, indent=1)
+    (folder / "config.json").write_text(text_of_it)
+
+
+def _cut(layers: range, count: int) -> list[range]:
+    return [layers[first : first + count] for first in range(0, len(layers), count)]
+
+
+def _write_shard(
+    path: Path, kind: str, layers: Sequence[int], one: list[tuple[str, torch.Tensor]]
+) -> list[str]:
+    """Writes layers like ``one``, the first, several at once; returns their tensors' names."""
     header, position = {}, 0
-    for layer in range(layers):
+    for layer in layers:
         for name, tensor in one:
             header[name.replace(".layers.0.", f".layers.{layer}.")] = {
                 "dtype": DTYPES[tensor.dtype],
@@ -152,16 +180,18 @@ def write(folder: Path, kind: str, size: int) -> None:
             position += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for layer in range(layers):
+    begins = 8 + len(text)
+
+    def fill(layer: int) -> None:
+        with path.open("r+b") as part:
+            part.seek(begins + (layer - layers[0]) * position // len(layers))
             for _, tensor in module_tensors(kind, layer):
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy())
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
-    quantization = {"quant_method": "compressed-tensors", **KINDS[kind].config}
-    text_of_it = json.dumps(config | {"quantization_config": quantization}, indent=1)
-    (folder / "config.json").write_text(text_of_it)
+                part.write(tensor.reshape(-1).view(torch.uint8).numpy())
+
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        list(threads.map(fill, layers))
+    return list(header)
 
 
 @dataclass(frozen=True)
@@ -307,7 +337,7 @@ def main() -> None:
                 found[what].append(cost(command))
         clear()
         copied = statistics.median(one.seconds for one in found["cp -r && sync"])
-        size = (model / "model.safetensors").stat().st_size
+        size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         rows += [_row(name, what, costs, copied, size) for what, costs in found.items()]
     if given.write:
         return
