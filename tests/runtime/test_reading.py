@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.cli import run
 from support.paths import CHECKPOINTS, EXAMPLE
 
 import ctconvert
@@ -214,13 +213,3 @@ def test_modules_on_a_gpu_are_those_of_the_cpu(name: str, target: str, tmp_path:
         found = load(out, device)
         assert {str(t.device) for m in found.values() for t in m.tensors().values()} == {device}
         same(found, load(out, "cpu"))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("target", ["cuda", "cuda-sm90", "triton"])
-def test_loading_is_timed_on_a_gpu(target: str, tmp_path: Path) -> None:
-    out = made("smol-w4a16-g64-sym", target, tmp_path)
-    source = CHECKPOINTS / "smol-w4a16-g64-sym"
-    code, text, err = run("bench", out, "--load", "--against", source, "--device", "cuda")
-    assert (code, err) == (0, ""), err
-    assert "source, transformed" in text

@@ -41,7 +41,8 @@ def _text(stream: io.TextIOWrapper, encoding: str) -> str:
 
 def environment() -> dict[str, str]:
     """What a program of its own runs in: this checkout, no CUDA."""
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+    others = os.environ.get("PYTHONPATH", "")  # where packages are in a folder of their own
+    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep * bool(others)}{others}"}
 
 
 def program(
