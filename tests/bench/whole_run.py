@@ -1,13 +1,14 @@
 """Whole repack processes beside a copy of the same files.
 
 ``python tests/bench/whole_run.py FOLDER [--gb 2] [--cases w4a16-triton,...] [--rounds 3]
-[--device cpu] [--write]`` makes checkpoints of Llama-8B's shapes in FOLDER (and finds them there
-the next time; no more with ``--write``), converts each once and checks the result, then takes
+[--device cpu] [--write] [--once]`` makes checkpoints of Llama-8B's shapes in FOLDER (and finds them
+there the next time; no more with ``--write``), converts each once and checks the result, then takes
 turns: ``cp -r MODEL COPY && sync``, ``repack --no-verify``, ``repack``, a process each, the source
 in the page cache and the output's place empty. It prints medians, the source's bytes over them, and
 the first conversion apart, in which a GPU's kernels may be compiled; for CPU seconds (user and
 system) and page faults the least, which other work on the machine disturbs less. Peak memory is the
-process's largest resident set, shared libraries included.
+process's largest resident set, shared libraries included. With ``--once``, for many gigabytes, each
+is run once, and the output is verified, loaded, cut for two ranks, and those are loaded.
 """
 
 from __future__ import annotations
@@ -294,6 +295,110 @@ def _row(case: str, what: str, found: list[Cost], copied: float, size: int) -> d
     }
 
 
+#: Loads a rank of a converted checkpoint to a device, and prints the bytes and the seconds.
+_LOAD = """
+import sys, time
+import torch
+from ctconvert.runtime.loading import load
+out, device, rank = sys.argv[1], torch.device(sys.argv[2]), sys.argv[3]
+torch.empty(1, device=device)
+begun = time.perf_counter()
+found = load(out, str(device), rank=None if rank == "all" else int(rank))
+if device.type != "cpu":
+    torch.get_device_module(device).synchronize()
+took = time.perf_counter() - begun
+size = sum(t.nbytes for module in found.values() for t in module.tensors().values())
+print(f"rank {rank} on {device}: {size / 1e9:.2f} GB in {took:.2f} s, {size / took / 1e9:.2f} GB/s")
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A case in a folder on a device."""
+
+    name: str
+    folder: Path
+    gb: float
+    device: str
+
+    @property
+    def model(self) -> Path:
+        return self.folder / f"{CASES[self.name].kind}-{self.gb:g}"
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    @property
+    def copy(self) -> list[str]:
+        copy = self.folder / "copy"
+        return ["sh", "-c", 'cp -r "$0" "$1" && sync', str(self.model), str(copy)]
+
+    def repack(self, *options: str) -> list[str]:
+        given = [str(self.model), str(self.out), "--target", CASES[self.name].target, *options]
+        return [*PROGRAM, "repack", *given, "--device", self.device]
+
+    def verify(self) -> list[str]:
+        given = [str(self.out), "--against", str(self.model), "--device", self.device]
+        return [*PROGRAM, "verify", *given]
+
+    def clear(self) -> None:
+        for name in ("out", "copy", "out.partial"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        os.sync()
+
+    def cost(self, what: str, command: list[str]) -> Cost:
+        found = cost(command)
+        print(f"{self.name}, {what}: {found.seconds:.2f} s", file=sys.stderr)
+        return found
+
+    def check(self) -> None:
+        """The output is right, by a module that is compared by other means too."""
+        cost(self.verify())
+        if not CASES[self.name].check(of_module(self.model, CHECKED), of_module(self.out, CHECKED)):
+            raise SystemExit(f"{self.name}: {CHECKED} is not what it should be")
+
+    def load(self, rank: str, device: str) -> None:
+        subprocess.run([sys.executable, "-c", _LOAD, str(self.out), device, rank], check=True)
+
+    def times(self, rounds: int) -> dict[str, list[Cost]]:
+        """The first conversion, checked, then a copy and conversions in turn."""
+        commands = {
+            COPY: self.copy,
+            "--no-verify": self.repack("--no-verify"),
+            "verified": self.repack(),
+        }
+        self.clear()
+        found = {"first, verified": [self.cost("first, verified", self.repack())]}
+        self.check()
+        for _ in range(rounds):
+            for what, command in commands.items():
+                self.clear()
+                found.setdefault(what, []).append(self.cost(what, command))
+        self.clear()
+        return found
+
+    def once(self) -> dict[str, list[Cost]]:
+        """Everything once: copied, converted, verified, loaded, cut for two ranks, those loaded."""
+        self.clear()
+        found = {COPY: [self.cost(COPY, self.copy)]}
+        self.clear()
+        found["verified"] = [self.cost("verified", self.repack())]
+        found["verify --against"] = [self.cost("verify --against", self.verify())]
+        self.load("all", self.device)
+        self.clear()
+        ranks = "verified, 2 ranks"
+        found[ranks] = [self.cost(ranks, self.repack("--tensor-parallel", "2"))]
+        for rank in ("0", "1"):
+            self.load(rank, self.device)
+        self.clear()
+        return found
+
+
+COPY = "cp -r && sync"
+PROGRAM = [sys.executable, "-m", "ctconvert"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -302,42 +407,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--write", action="store_true", help="make the checkpoints, no more")
+    parser.add_argument("--once", action="store_true", help="each once; loads and ranks too")
     given = parser.parse_args()
-    program = [sys.executable, "-m", "ctconvert"]
     rows: list[dict[str, object]] = []
     for name in given.cases.split(","):
-        case = CASES[name]
-        model = given.folder / f"{case.kind}-{given.gb:g}"
-        write(model, case.kind, int(given.gb * 1e9))
+        run = Run(name, given.folder, given.gb, given.device)
+        write(run.model, CASES[name].kind, int(given.gb * 1e9))
         if given.write:
             continue
-        out, copy = given.folder / "out", given.folder / "copy"
-        repack = [*program, "repack", str(model), str(out), "--target", case.target]
-        repack += ["--device", given.device]
-        commands = {
-            "cp -r && sync": ["sh", "-c", 'cp -r "$0" "$1" && sync', str(model), str(copy)],
-            "--no-verify": [*repack, "--no-verify"],
-            "verified": repack,
-        }
-
-        def clear(out: Path = out, copy: Path = copy) -> None:
-            for folder in (out, copy, out.with_name(out.name + ".partial")):
-                shutil.rmtree(folder, ignore_errors=True)
-            os.sync()
-
-        clear()
-        found: dict[str, list[Cost]] = {"first, verified": [cost(repack)]}
-        cost([*program, "verify", str(out), "--against", str(model)])
-        if not case.check(of_module(model, CHECKED), of_module(out, CHECKED)):
-            raise SystemExit(f"{name}: {CHECKED} is not what it should be")
-        found |= {what: [] for what in commands}
-        for _ in range(given.rounds):
-            for what, command in commands.items():
-                clear()
-                found[what].append(cost(command))
-        clear()
-        copied = statistics.median(one.seconds for one in found["cp -r && sync"])
-        size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        found = run.once() if given.once else run.times(given.rounds)
+        copied = statistics.median(one.seconds for one in found[COPY])
+        size = sum(path.stat().st_size for path in run.model.glob("*.safetensors"))
         rows += [_row(name, what, costs, copied, size) for what, costs in found.items()]
     if given.write:
         return
