@@ -166,7 +166,7 @@ def test_a_device_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.gpu
 @pytest.mark.parametrize("target", ["cuda", "cuda-sm90", "triton"])
 def test_timed_on_a_gpu(target: str, tmp_path: Path) -> None:
-    source, out = made(tmp_path, weight_args(4, 128), target)
+    source, out = made(tmp_path, group_config(weight_args(4, 128)), target)
     code, text, err = run("bench", out, "--load", "--against", source, "--device", "cuda")
     assert (code, err) == (0, ""), err
     assert "source, transformed" in text
