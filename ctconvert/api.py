@@ -278,7 +278,7 @@ def repack(
         expert_parallel,
     )
     if push_to is not None:
-        from ctconvert.publishing.push import Place, check_place
+        from ctconvert.publishing.upload import Place, check_place
 
         check_place(Place(push_to))
     store = open_store(str(model), download=local_copy)

@@ -48,7 +48,7 @@ def push(
         VerificationError: the checkpoint is damaged.
         ConversionError: the upload failed, or the Hub holds other bytes after it.
     """
-    from ctconvert.publishing.push import Place, upload
+    from ctconvert.publishing.upload import Place, upload
     from ctconvert.work.executors import Threads, worker_count
 
     executor = Threads(worker_count(workers))

@@ -315,6 +315,15 @@ def test_a_dry_run_says_what_is_fetched(hub: Hub, folder: Path) -> None:
     assert json.loads(cli.run(*args, "--json").stdout)["download_bytes"] == 0
 
 
+def test_loading_is_timed_against_a_hub_id(hub: Hub, tmp_path: Path) -> None:
+    repack(tmp_path / "out")
+    ended = cli.run(
+        "bench", tmp_path / "out", "--load", "--against", "org/name", "--device", "cpu", "--json"
+    )
+    assert ended.code == 0, ended.stderr
+    assert json.loads(ended.stdout)["modules"] == {"triton-wna16": LAYERS - 1}
+
+
 def test_revision(hub: Hub, folder: Path, tmp_path: Path) -> None:
     oid = hub.add("org/name", folder, "v2").refs["v2"]
     out = tmp_path / "out"
