@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from blake3 import blake3
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from support import cli
 from support.builders import config_of, group_config, quantised, weight_args, write_checkpoint
@@ -204,6 +205,28 @@ def test_what_fails_for_good_ends_soon(hub: Hub, tmp_path: Path, how: Any, says:
     assert tries <= 14 + remote.TRIES * spool.AT_ONCE
     hub.faults.clear()
     assert repack(tmp_path / "out", resume=True).modules == LAYERS - 1
+
+
+@pytest.mark.parametrize("asks", [{"RateLimit": '"resolvers";r=0;t=1'}, {"Retry-After": "1"}])
+def test_a_limit_on_requests_is_waited_for(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asks: dict[str, str]
+) -> None:
+    """However short the patience with a Hub that does not answer."""
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    hub.faults = [Fault(r"resolve/.*model-", "error", skip=20, times=3, status=429, headers=asks)]
+    begin = time.monotonic()
+    assert repack(tmp_path / "out").modules == LAYERS - 1
+    assert hub.faults[0].times == 0 and time.monotonic() - begin > 2
+
+
+def test_a_stream_that_is_stopped_asks_for_nothing(hub: Hub) -> None:
+    store = HubStore.open("org/name", None)
+    stream = store._remote.stream("tokenizer.model", 0, 3000)
+    store._remote.stop.set()
+    hub.log.clear()
+    with pytest.raises(ConversionError, match="stopped"):
+        next(stream)
+    assert hub.log == []
 
 
 def test_a_killed_run_fetches_nothing_twice(hub: Hub, folder: Path, tmp_path: Path) -> None:

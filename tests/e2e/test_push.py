@@ -26,6 +26,7 @@ from support.hub import Blob, Fault, Hub, hub_environment, use_hub
 
 import ctconvert
 from ctconvert.errors import ConversionError, UsageError, VerificationError
+from ctconvert.integrations.vllm.served import Served
 from ctconvert.publishing import upload
 from ctconvert.runtime import load
 from ctconvert.store import remote
@@ -335,6 +336,16 @@ def test_no_token_in_logs(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         ctconvert.inspect("org/new")
     logging.getLogger("huggingface_hub.utils").warning("no luck with %s", f"Key {TOKEN}")
     assert "no luck with Key <token>" in log.getvalue()
+
+
+def test_no_token_in_what_an_engine_says(hub: Hub, out: Path) -> None:
+    """Of a manifest that the plugin fetches, and of a server that repeats the token."""
+    ctconvert.push(out, "org/new")
+    assert Served("org/new").modules.keys() == {f"model.layers.{i}.mlp.up_proj" for i in range(3)}
+    hub.faults = [Fault(r"HEAD .*/resolve/v2/", "error", times=9, status=418)]
+    with pytest.raises(UsageError, match="org/new@v2: ") as caught:
+        Served("org/new", "v2")
+    assert TOKEN not in str(caught.value)
 
 
 def test_no_token(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
