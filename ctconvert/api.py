@@ -117,7 +117,7 @@ def doctor(
     from ctconvert.work.examining import examine
 
     executor = _executor(workers) if data else None
-    checkpoint = Checkpoint(open_store(str(model), download=data))
+    checkpoint = Checkpoint(open_store(str(model), download=False))
     with no_collection():
         return examine(checkpoint, target, tuple(tensor_parallel), executor, progress or Silent())
 
@@ -348,8 +348,7 @@ def verify(
         )
     found = verify_output(output, executor, shown)
     if against is not None:
-        # what two comparisons read is fetched once
-        checkpoint = Checkpoint(open_store(str(against), download=independent))
+        checkpoint = Checkpoint(open_store(str(against), download=False))
         compared = verify_against(output, checkpoint, executor, shown)
         found = replace(found, against=compared)
         if independent:
@@ -392,7 +391,7 @@ def diff(
 
     for model in (a, b):
         recover(home_path(model))
-    left, right = (open_store(str(model), download=True) for model in (a, b))
+    left, right = (open_store(str(model), download=False) for model in (a, b))
     return compare(left, right, _executor(workers), progress or Silent())
 
 

@@ -289,6 +289,20 @@ def test_verify_reads_ranges(hub: Hub, folder: Path, tmp_path: Path) -> None:
     found = ctconvert.verify(tmp_path / "out", against="org/name")
     assert found.against is not None and found.against.modules == LAYERS - 1
     assert sum(fetched(hub, folder).values()) < 1.1 * sum(weights(folder).values())
+    judged = ctconvert.verify(tmp_path / "out", against="org/name", independent=True).independent
+    assert judged is not None and judged.agree == LAYERS - 1
+    assert not (tmp_path / "home").exists()
+
+
+def test_doctor_and_diff_read_ranges(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    found = ctconvert.doctor("org/name", target="triton")
+    here = ctconvert.doctor(folder, target="triton")
+    assert found.data and found.findings == here.findings
+    assert 0 < sum(fetched(hub, folder).values()) < 1.1 * sum(weights(folder).values())
+    repack(tmp_path / "out")
+    hub.sent.clear()
+    assert ctconvert.diff("org/name", tmp_path / "out").differences == ()
+    assert 0 < sum(fetched(hub, folder).values()) < 1.1 * sum(weights(folder).values())
     assert not (tmp_path / "home").exists()
 
 
