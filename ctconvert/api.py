@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -25,9 +24,6 @@ from ctconvert.publishing import push
 from ctconvert.records import Differing, Examination, Options, Plan, Pushed, Report, Verified
 from ctconvert.store.checkpoint import MANIFEST, Checkpoint
 from ctconvert.store.hub import home_path, open_store
-
-if TYPE_CHECKING:
-    from ctconvert.work.executors import Executor
 
 __all__ = [
     "CtconvertError",
@@ -114,10 +110,11 @@ def doctor(
         BadInputError: it is no compressed-tensors checkpoint, or a file is damaged.
         ConversionError: it changed meanwhile.
     """
+    from ctconvert.work.choosing import threads
     from ctconvert.work.examining import examine
 
-    executor = _executor(workers) if data else None
-    checkpoint = Checkpoint(open_store(str(model), download=data))
+    executor = threads(workers) if data else None
+    checkpoint = Checkpoint(open_store(str(model), download=False))
     with no_collection():
         return examine(checkpoint, target, tuple(tensor_parallel), executor, progress or Silent())
 
@@ -247,7 +244,7 @@ def repack(
         ConversionError: the disk is full, or a transform failed.
     """
     from ctconvert.work.build import Settings, build
-    from ctconvert.work.choosing import directory_of, executor_named
+    from ctconvert.work.choosing import device_named, directory_of, executor_named
     from ctconvert.work.shares import share
 
     if part is not None and push_to is not None:
@@ -259,7 +256,7 @@ def repack(
     settings = Settings(
         executor=chosen,
         progress=progress or Silent(),
-        device=device if executor == "ray" else _device(device),
+        device=device if executor == "ray" else device_named(device),
         resume=resume,
         overwrite=overwrite,
         verify=verify,
@@ -279,7 +276,7 @@ def repack(
         expert_parallel,
     )
     if push_to is not None:
-        from ctconvert.publishing.push import Place, check_place
+        from ctconvert.publishing.upload import Place, check_place
 
         check_place(Place(push_to))
     store = open_store(str(model), download=local_copy)
@@ -289,21 +286,6 @@ def repack(
     if push_to is None:
         return report
     return replace(report, pushed=push(destination, push_to, workers=workers, progress=progress))
-
-
-def _device(name: str) -> str:
-    """What ``--device`` names; all devices of a kind where it has no index."""
-    with no_collection():  # importing torch, a tenth of which is else looking for garbage
-        from ctconvert.transforms.device import every
-
-    found = every(name)
-    return str(found[0]) if len(found) == 1 else found[0].type
-
-
-def _executor(workers: int | None) -> Executor:
-    from ctconvert.work.executors import Threads, worker_count
-
-    return Threads(worker_count(workers))
 
 
 def verify(
@@ -337,11 +319,12 @@ def verify(
         VerificationError: something differs; the message names the tensor, module or file.
         ConversionError: the output or the model was exchanged or changed meanwhile.
     """
+    from ctconvert.work.choosing import threads
     from ctconvert.work.verify import verify_against, verify_independently, verify_output
 
     if independent and against is None:
         raise UsageError("--independent compares with a source; name it by --against MODEL")
-    shown, executor = progress or Silent(), _executor(workers)
+    shown, executor = progress or Silent(), threads(workers)
     output = Output.open(out, copy=kernels)
     if independent and output.plan.kind == "restored":
         raise UsageError(
@@ -350,8 +333,7 @@ def verify(
         )
     found = verify_output(output, executor, shown)
     if against is not None:
-        # what two comparisons read is fetched once
-        checkpoint = Checkpoint(open_store(str(against), download=independent))
+        checkpoint = Checkpoint(open_store(str(against), download=False))
         compared = verify_against(output, checkpoint, executor, shown)
         found = replace(found, against=compared)
         if independent:
@@ -390,12 +372,13 @@ def diff(
         ConversionError: one of them changed meanwhile.
     """
     from ctconvert.store.places import recover
+    from ctconvert.work.choosing import threads
     from ctconvert.work.differing import diff as compare
 
     for model in (a, b):
         recover(home_path(model))
-    left, right = (open_store(str(model), download=True) for model in (a, b))
-    return compare(left, right, _executor(workers), progress or Silent())
+    left, right = (open_store(str(model), download=False) for model in (a, b))
+    return compare(left, right, threads(workers), progress or Silent())
 
 
 def restore(
@@ -429,12 +412,13 @@ def restore(
     """
     from ctconvert.store.places import check_place
     from ctconvert.work.build import Settings, build
+    from ctconvert.work.choosing import device_named, threads
     from ctconvert.work.verify import verify_output
 
     settings = Settings(
-        executor=_executor(workers),
+        executor=threads(workers),
         progress=progress or Silent(),
-        device=_device(device),
+        device=device_named(device),
         resume=resume,
         overwrite=overwrite,
     )

@@ -30,8 +30,10 @@ _VALUED = (
         "max-shard-size",
         "target",
     ),
-    *("address", "executor", "part", "tensor-parallel", "workers"),
+    *("address", "executor", "part", "push", "tensor-parallel", "workers"),
 )
+#: Arguments that are called otherwise.
+_NAMES = {"push": "push_to"}
 #: An option, with its value where the message says one; not in a command between backticks.
 _OPTION = re.compile(
     rf"`[^`]*`|(?<![\w./-])--({'|'.join((*_FLAGS, *_VALUED))})(?![\w-])"
@@ -46,7 +48,7 @@ def in_python(message: str) -> str:
         option = found[1]
         if option is None:
             return found[0]
-        name = option.replace("-", "_")
+        name = _NAMES.get(option, option.replace("-", "_"))
         if option in _FLAGS:
             return f"{name}=True" + " " * found[0].endswith(" ")
         if found[2] is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +54,7 @@ def test_what_is_not_there() -> None:
             "(keep_unsupported=True copies) max_shard_size",
         ),
         ("on cuda; use --device cpu", "on cuda; use device='cpu'"),
+        ("--push is for --commit, not --part 1/2", "push_to is for commit=True, not part 1/2"),
         ("/tmp/a--resume: `ctconvert verify --against MODEL`",) * 2,
         ("--overwrites --json",) * 2,
     ],
@@ -72,7 +75,25 @@ def test_every_option_in_a_message_is_an_argument() -> None:
     }
     flags = {name.replace("-", "_") for name in errors._FLAGS}
     assert flags <= {n for n, one in parameters.items() if one.annotation == "bool"}
-    assert {name.replace("-", "_") for name in errors._VALUED} <= parameters.keys() - flags
+    valued = {errors._NAMES.get(name, name).replace("-", "_") for name in errors._VALUED}
+    assert valued <= parameters.keys() - flags
+
+
+def test_every_option_that_a_message_names_is_known() -> None:
+    """But those that only the command line has, and vLLM's own."""
+    from ctconvert import errors
+
+    named: set[str] = set()
+    for path in (ROOT / "ctconvert").rglob("*.py"):
+        if "cli" in path.parts or path.name == "nvcc.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = re.sub(r"`[^`]*`", "", node.value)
+                named |= set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text))
+    elsewhere = {"dry-run", "json", "json-events", "load", "plot", "revision", "version"}
+    elsewhere |= {"enable-expert-parallel", "tensor-parallel-size"}
+    assert named - elsewhere <= {*errors._FLAGS, *errors._VALUED}
 
 
 def test_a_verb_advises_in_each_ones_terms(tmp_path: Path) -> None:

@@ -48,11 +48,10 @@ def push(
         VerificationError: the checkpoint is damaged.
         ConversionError: the upload failed, or the Hub holds other bytes after it.
     """
-    from ctconvert.publishing.push import Place, upload
-    from ctconvert.work.executors import Threads, worker_count
+    from ctconvert.publishing.upload import Place, upload
+    from ctconvert.work.choosing import threads
 
-    executor = Threads(worker_count(workers))
     place = Place(repo, private, create_pr, branch)
     if not home_path(out).is_dir():
         raise UsageError(f"{out}: no such directory")
-    return upload(Output.open(out), place, dry_run, executor, progress or Silent())
+    return upload(Output.open(out), place, dry_run, threads(workers), progress or Silent())

@@ -92,6 +92,20 @@ def _about(manifest: Manifest, repo: str) -> str:
         f"| {count} | {form} {weights} | `{layout}` |"
         for (layout, form, weights), count in counts.items()
     ]
+    options = ""
+    load = f"""
+Load it in transformers (`pip install 'ctconvert[transformers]'`):
+
+```python
+import ctconvert.integrations.transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{repo}")
+```
+"""
+    if plan.options.tensor_parallel > 1:  # which transformers does not load
+        load, options = "", f" --tensor-parallel-size {plan.options.tensor_parallel}"
+        options += " --enable-expert-parallel" if plan.options.expert_parallel else ""
     kept = f" {len(plan.kept)} quantised modules are as they were." if plan.kept else ""
     return f"""
 # {repo.rpartition("/")[2]}
@@ -113,20 +127,11 @@ Verify it:
 pip install ctconvert
 ctconvert verify {repo}{against}
 ```
-
-Load it in transformers (`pip install 'ctconvert[transformers]'`):
-
-```python
-import ctconvert.integrations.transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{repo}")
-```
-
+{load}
 Serve it by vLLM (`pip install 'ctconvert[vllm]'`), or turn it back into what it was made from:
 
 ```sh
-vllm serve {repo}
+vllm serve {repo}{options}
 ctconvert restore {repo} restored
 ```
 """

@@ -21,7 +21,7 @@ from ctconvert.runtime.benchmark import device_name
 from ctconvert.runtime.engine import Transform, transform_of
 from ctconvert.runtime.loading import Loader
 from ctconvert.store.base import Store
-from ctconvert.store.hub import open_store
+from ctconvert.store.hub import local_copy
 from ctconvert.store.safetensors import TensorEntry, total_bytes
 from ctconvert.transforms import device as devices
 from ctconvert.transforms.dtypes import same_bits, spec_of
@@ -78,7 +78,7 @@ def bench_load(out: str | Path, model: str | Path, device: str, rounds: int = RO
             f"{out}: holds no module whose transforms at load are known here"
             + (f": {', '.join(sorted(others))}" if others else "")
         )
-    source = _Source(open_store(str(model), download=True), output, chosen, where)
+    source = _Source(local_copy(str(model)), output, chosen, where)
     with _enough_memory(where):
         source.check(out)
         reads, transforms, loads = [], [], []

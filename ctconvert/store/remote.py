@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -12,14 +14,19 @@ from ctconvert.errors import ConversionError
 from ctconvert.store.answers import first_line, hub_failures
 from ctconvert.version import __version__
 
+LOG = logging.getLogger("ctconvert")
 #: How often a range is asked for, at most.
 TRIES = 5
 #: Seconds before it is asked for again, doubled each time.
 PAUSE = 0.5
 #: Answers that may be others in a moment.
 _PASSING = (408, 429, 500, 502, 503, 504)
-#: The longest wait that an answer may ask for, in seconds.
-_LONGEST = 10
+#: The longest wait that an answer may ask for, in seconds: the Hub counts requests by five minutes.
+_LONGEST = 300
+#: Seconds of a wait from which on there is a line about it.
+_LONG = 5
+#: Seconds until requests are counted anew (``draft-ietf-httpapi-ratelimit-headers``).
+_RESET = re.compile(r";\s*t=([0-9]{1,9})")
 
 
 class Remote:
@@ -42,7 +49,8 @@ class Remote:
         """A range of a file, in pieces of any size.
 
         It is asked for at most :data:`TRIES` times, from where it broke off, and not again when
-        nothing came for about twice the time that huggingface_hub waits for an answer.
+        nothing came for about twice the time that huggingface_hub waits for an answer. Where the
+        Hub limits requests, it is asked again when they are counted anew.
 
         Raises:
             UsageError: the Hub refuses it.
@@ -54,6 +62,8 @@ class Remote:
         patience = 2 * constants.HF_HUB_DOWNLOAD_TIMEOUT
         done, tries, last = 0, 0, time.monotonic()
         while done < length:
+            if self.stop.is_set():
+                raise ConversionError(f"{self.where}/{name}: stopped")
             try:
                 for data in self._asked(name, offset + done, length - done):
                     if self.stop.is_set():
@@ -69,12 +79,15 @@ class Remote:
                         with hub_failures(self.where, path=False):
                             raise
                     wait = max(wait, _asked_for(error.response))
+                    last = time.monotonic() + wait  # it answers
                 if tries == TRIES or time.monotonic() + wait - last > patience:
                     raise ConversionError(
                         f"{self.where}/{name}: the Hub gave: {first_line(error)}; run again, a "
                         "repack with --resume",
                         file=f"{self.where}/{name}",
                     ) from None
+                if wait >= _LONG:
+                    LOG.info("%s: the Hub asks to wait %.0f s", self.where, wait)
                 self.stop.wait(wait)
 
     def _asked(self, name: str, offset: int, length: int) -> Iterator[bytes]:
@@ -125,4 +138,7 @@ def _answer(
 def _asked_for(response: Any) -> float:
     """Seconds that an answer asks to wait."""
     text = response.headers.get("Retry-After", "")
-    return min(int(text), _LONGEST) if text.isdecimal() else 0
+    reset = _RESET.search(response.headers.get("RateLimit", ""))
+    if response.status_code == 429 and reset is not None:
+        text = reset[1]
+    return min(int(text) + 1, _LONGEST) if text.isdecimal() else 0

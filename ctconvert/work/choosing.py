@@ -1,12 +1,35 @@
-"""The executor that a user names, and what it asks of a source."""
+"""The executor and the device that a user names, and what an executor asks of a source."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ctconvert.errors import UsageError
+from ctconvert.planning.asked import no_collection
 from ctconvert.store.hub import home_path
 from ctconvert.work.executors import Executor, Threads, worker_count
+
+
+def threads(workers: int | None) -> Threads:
+    """Threads of this process, as many as ``--workers`` says.
+
+    Raises:
+        UsageError: that is no number of them.
+    """
+    return Threads(worker_count(workers))
+
+
+def device_named(name: str) -> str:
+    """What ``--device`` names; all devices of a kind where it has no index.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    with no_collection():  # importing torch, a tenth of which is else looking for garbage
+        from ctconvert.transforms.device import every
+
+    found = every(name)
+    return str(found[0]) if len(found) == 1 else found[0].type
 
 
 def executor_named(name: str, workers: int | None, address: str, device: str) -> Executor:
@@ -15,9 +38,9 @@ def executor_named(name: str, workers: int | None, address: str, device: str) ->
     Raises:
         UsageError: it is neither, or it cannot be had.
     """
-    count = worker_count(workers)
+    chosen = threads(workers)
     if name == "threads":
-        return Threads(count)
+        return chosen
     if name != "ray":
         raise UsageError(f"--executor {name}: it must be threads or ray")
     from ctconvert.work.cluster import Ray

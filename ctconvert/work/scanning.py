@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -77,19 +77,21 @@ class ScanJob(Job):
         damage = ""
         power = None
         read = partial(read_tensor, context.source)
+        once = cache(read)  # what decoding reads encoding reads too, and it may come from far away
         for expert in [None] if source.experts is None else range(source.experts):
             context.check_running()
             with context.budget.hold(self.nbytes):
                 try:
-                    weight = codec.source_weight(source, expert, read, torch.device("cpu"))
+                    weight = codec.source_weight(source, expert, once, torch.device("cpu"))
                     counts.add(weight)
                     del weight
                     if self.item is not None:
                         if expert == 0:
                             power = codec.common_power(self.item, read)
-                        codec.encode(self.item, expert or 0, read, torch.device("cpu"), power)
+                        codec.encode(self.item, expert or 0, once, torch.device("cpu"), power)
                 except BadInputError as error:  # any other is no finding
                     damage = damage or error.message
+                once.cache_clear()
             context.progress.advance(source.nbytes // (source.experts or 1))
         findings = list(counts.findings(source.name))
         if damage:

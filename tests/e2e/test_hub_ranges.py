@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from blake3 import blake3
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from support import cli
 from support.builders import config_of, group_config, quantised, weight_args, write_checkpoint
@@ -206,6 +207,28 @@ def test_what_fails_for_good_ends_soon(hub: Hub, tmp_path: Path, how: Any, says:
     assert repack(tmp_path / "out", resume=True).modules == LAYERS - 1
 
 
+@pytest.mark.parametrize("asks", [{"RateLimit": '"resolvers";r=0;t=1'}, {"Retry-After": "1"}])
+def test_a_limit_on_requests_is_waited_for(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asks: dict[str, str]
+) -> None:
+    """However short the patience with a Hub that does not answer."""
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    hub.faults = [Fault(r"resolve/.*model-", "error", skip=20, times=3, status=429, headers=asks)]
+    begin = time.monotonic()
+    assert repack(tmp_path / "out").modules == LAYERS - 1
+    assert hub.faults[0].times == 0 and time.monotonic() - begin > 2
+
+
+def test_a_stream_that_is_stopped_asks_for_nothing(hub: Hub) -> None:
+    store = HubStore.open("org/name", None)
+    stream = store._remote.stream("tokenizer.model", 0, 3000)
+    store._remote.stop.set()
+    hub.log.clear()
+    with pytest.raises(ConversionError, match="stopped"):
+        next(stream)
+    assert hub.log == []
+
+
 def test_a_killed_run_fetches_nothing_twice(hub: Hub, folder: Path, tmp_path: Path) -> None:
     """SIGKILL at a request in the middle; what lies there then is taken over."""
     script = (
@@ -266,6 +289,20 @@ def test_verify_reads_ranges(hub: Hub, folder: Path, tmp_path: Path) -> None:
     found = ctconvert.verify(tmp_path / "out", against="org/name")
     assert found.against is not None and found.against.modules == LAYERS - 1
     assert sum(fetched(hub, folder).values()) < 1.1 * sum(weights(folder).values())
+    judged = ctconvert.verify(tmp_path / "out", against="org/name", independent=True).independent
+    assert judged is not None and judged.agree == LAYERS - 1
+    assert not (tmp_path / "home").exists()
+
+
+def test_doctor_and_diff_read_ranges(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    found = ctconvert.doctor("org/name", target="triton")
+    here = ctconvert.doctor(folder, target="triton")
+    assert found.data and found.findings == here.findings
+    assert 0 < sum(fetched(hub, folder).values()) < 1.1 * sum(weights(folder).values())
+    repack(tmp_path / "out")
+    hub.sent.clear()
+    assert ctconvert.diff("org/name", tmp_path / "out").differences == ()
+    assert 0 < sum(fetched(hub, folder).values()) < 1.1 * sum(weights(folder).values())
     assert not (tmp_path / "home").exists()
 
 
@@ -313,6 +350,15 @@ def test_a_dry_run_says_what_is_fetched(hub: Hub, folder: Path) -> None:
     assert copied["disk_bytes"] == disk_bytes(planned) + total
     local_copy("org/name")
     assert json.loads(cli.run(*args, "--json").stdout)["download_bytes"] == 0
+
+
+def test_loading_is_timed_against_a_hub_id(hub: Hub, tmp_path: Path) -> None:
+    repack(tmp_path / "out")
+    ended = cli.run(
+        "bench", tmp_path / "out", "--load", "--against", "org/name", "--device", "cpu", "--json"
+    )
+    assert ended.code == 0, ended.stderr
+    assert json.loads(ended.stdout)["modules"] == {"triton-wna16": LAYERS - 1}
 
 
 def test_revision(hub: Hub, folder: Path, tmp_path: Path) -> None:

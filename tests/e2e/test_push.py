@@ -12,18 +12,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, lfs
+from huggingface_hub.utils import _http
 from support import cli
 from support.builders import config_of, group_config, quantised, weight_args, write_checkpoint
 from support.hub import Blob, Fault, Hub, hub_environment, use_hub
 
 import ctconvert
 from ctconvert.errors import ConversionError, UsageError, VerificationError
+from ctconvert.integrations.vllm.served import Served
+from ctconvert.publishing import upload
 from ctconvert.runtime import load
 from ctconvert.store import remote
 
@@ -198,6 +202,17 @@ def test_damage_is_not_pushed(hub: Hub, out: Path) -> None:
     assert hub.log == []
 
 
+def test_what_changes_once_it_was_verified_is_not_pushed(hub: Hub, out: Path) -> None:
+    class Changing(ctconvert.Progress):
+        def phase(self, label: str, total: int) -> None:
+            if label == "hashing":
+                (out / "config.json").write_text("{}")
+
+    with pytest.raises(ConversionError, match=r"config\.json: changed"):
+        ctconvert.push(out, "org/new", progress=Changing())
+    assert hub.repos == {}
+
+
 def test_a_hub_that_keeps_other_bytes(hub: Hub, out: Path) -> None:
     def spoil() -> None:
         repo = hub.repos["org/new"]
@@ -259,6 +274,14 @@ def test_the_card(hub: Hub, made: Path, tmp_path: Path) -> None:
     assert ctconvert.verify("org/new", against=against).against is not None
 
 
+def test_the_card_of_ranks(hub: Hub, made: Path, tmp_path: Path) -> None:
+    """Which transformers does not load, and vLLM with as many ranks alone."""
+    options = {"target": "triton", "device": "cpu", "tensor_parallel": 2}
+    ctconvert.repack(made.parent / "source", tmp_path / "out", **options, push_to="org/new")
+    text = card(hub).text
+    assert "vllm serve org/new --tensor-parallel-size 2\n" in text and "AutoModel" not in text
+
+
 def test_what_a_person_wrote_stays(hub: Hub, out: Path) -> None:
     ctconvert.push(out, "org/new")
     text = files(hub)["README.md"].decode()
@@ -315,6 +338,16 @@ def test_no_token_in_logs(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no luck with Key <token>" in log.getvalue()
 
 
+def test_no_token_in_what_an_engine_says(hub: Hub, out: Path) -> None:
+    """Of a manifest that the plugin fetches, and of a server that repeats the token."""
+    ctconvert.push(out, "org/new")
+    assert Served("org/new").modules.keys() == {f"model.layers.{i}.mlp.up_proj" for i in range(3)}
+    hub.faults = [Fault(r"HEAD .*/resolve/v2/", "error", times=9, status=418)]
+    with pytest.raises(UsageError, match="org/new@v2: ") as caught:
+        Served("org/new", "v2")
+    assert TOKEN not in str(caught.value)
+
+
 def test_no_token(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     ended = push(out)
@@ -327,6 +360,18 @@ def test_an_endpoint_that_never_answers(hub: Hub, out: Path) -> None:
     ended = push(out)
     assert time.monotonic() - begin < 5
     assert ended.code == 2 and "org/new: the Hub gave: no answer in time" in ended.stderr
+
+
+def test_storage_that_never_answers(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor by the client that huggingface_hub makes after a connection that failed."""
+    forget = partial(setattr, _http, "_GLOBAL_CLIENT", None)
+    hub.faults = [Fault("batch", "call", call=forget), Fault("PUT", "hang", times=1000)]
+    monkeypatch.setattr(lfs, "http_backoff", partial(lfs.http_backoff, max_retries=0))
+    monkeypatch.setattr(upload, "_PATIENCE", 1)
+    begin = time.monotonic()
+    ended = push(out)
+    assert time.monotonic() - begin < 5
+    assert ended.code == 1 and "org/new: the upload failed: no answer in time" in ended.stderr
 
 
 @pytest.mark.parametrize("repo", ["new", "org/new@v2", "a/b/c", "./new"])

@@ -80,7 +80,8 @@ class Repo:
 class Fault:
     """What happens to requests whose ``METHOD path`` a pattern finds, after ``skip`` of them.
 
-    ``error``: an answer of that status, whose text repeats the request's authorization. ``cut``:
+    ``error``: an answer of that status and ``headers``, whose text repeats the request's
+    authorization. ``cut``:
     half the body, then the connection ends. ``hang``: no answer. ``damage``: a byte of the body is
     another. ``call``: an answer as always, after a call.
     """
@@ -91,6 +92,7 @@ class Fault:
     times: int = 1
     status: int = 503
     call: Callable[[], object] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Refused(Exception):  # noqa: N818 (an answer, not a mistake)
@@ -196,7 +198,8 @@ class Hub:
             return
         if fault is not None and fault.how == "error":
             said = f"no luck with {request.headers.get('Authorization')}"
-            request.send(fault.status, json.dumps({"error": said}).encode(), {"X-HF-Warning": said})
+            headers = {"X-HF-Warning": said, **fault.headers}
+            request.send(fault.status, json.dumps({"error": said}).encode(), headers)
             return
         if fault is not None and fault.call is not None:
             fault.call()

@@ -9,6 +9,7 @@ from pathlib import Path
 from ctconvert.errors import UsageError, VerificationError
 from ctconvert.output import Output
 from ctconvert.records import Convert, Manifest
+from ctconvert.store.answers import hub_failures
 from ctconvert.store.checkpoint import MANIFEST
 
 #: Ends the names of tensors that only the way back to the source needs.
@@ -109,13 +110,9 @@ def _manifest(model: str, revision: str | None) -> Manifest:
     if Path(model).is_dir():
         return Output.open(model).manifest
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    with hub_failures(f"{model}@{revision}" if revision else model):
         path = Path(hf_hub_download(model, MANIFEST, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UsageError(f"{model}: its {MANIFEST} cannot be read: {first}") from None
     return Manifest.parse(path.read_bytes(), f"{model}/{MANIFEST}")
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def upload(
             folder = Path(name)
             _link(output, folder, text)
             ours = _hashed(folder, progress)
+            output.check_unchanged()  # what was hashed, and is compared in the end, was verified
             old = remote.files if remote is not None else {}
             new = {name: file for name, file in ours.items() if not _same(old.get(name), file)}
             for name in sorted(new.keys() & old.keys() - earlier - TOLERATED):
@@ -287,22 +289,41 @@ def _compare(repo: str, commit: str, ours: Mapping[str, HubFile]) -> None:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Has huggingface_hub wait no longer than some time for any answer, and say nothing itself."""
+    """Has huggingface_hub wait no longer than some time for any answer, and say nothing itself.
+
+    A client of its own has no limit, and it makes another one when a connection has failed: so what
+    makes them is changed, which there is no public way to ask for. An upload is tried six times.
+    """
+    import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub.utils import disable_progress_bars, get_session
+    from huggingface_hub.utils import _http, disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
+    patience = _PATIENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT
+    hub: Any = huggingface_hub
+    http: Any = _http
+    if hasattr(http, "_GLOBAL_CLIENT_FACTORY"):
+        before, configure = http._GLOBAL_CLIENT_FACTORY, hub.set_client_factory
+    else:  # below 1.0
+        before, configure = http._GLOBAL_BACKEND_FACTORY, hub.configure_http_backend
+
+    def patient() -> Any:
+        client = before()
+        if hasattr(client, "timeout"):
+            client.timeout = patience
+        else:  # of requests, below 1.0
+            client.request = partial(client.request, timeout=patience)
+        return client
+
     logger = logging.getLogger("huggingface_hub")
-    client: Any = get_session()
     level = logger.level
-    before = getattr(client, "timeout", None)  # below 1.0 it has none to set
-    client.timeout = _PATIENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT
     logger.setLevel(logging.ERROR)  # of what it tries again it warns in the server's words
+    configure(patient)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        client.timeout = before
+        configure(before)
         logger.setLevel(level)
