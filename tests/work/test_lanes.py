@@ -17,10 +17,10 @@ from support.cli import program
 from support.paths import CHECKPOINTS, EXAMPLE
 
 import ctconvert
-from ctconvert import api, codec
+from ctconvert import codec
 from ctconvert.errors import ConversionError
 from ctconvert.transforms.device import every
-from ctconvert.work import lanes, transforming
+from ctconvert.work import choosing, lanes, transforming
 from ctconvert.work.lanes import Lane, Lanes
 
 TWO = (torch.device("cuda", 0), torch.device("cuda", 1))
@@ -53,7 +53,7 @@ def test_a_name_without_an_index_is_all(
     name: str, wanted: tuple[torch.device, ...], given: str, two: None
 ) -> None:
     assert every(name) == wanted
-    assert api._device(name) == given
+    assert choosing.device_named(name) == given
     assert every(given) == wanted
 
 
