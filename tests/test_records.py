@@ -428,10 +428,10 @@ def test_a_config_that_is_none(manifest: dict[str, Any], text: str) -> None:
         b'{"a":' * 100_000,
         b"\xff\xfe{}",
         b'{"format_version": ' + b"9" * 5000 + b"}",
-        b'{"format_version": 3}',
-        b'{"format_version": 3, "manifest_sha256": ""}',
-        b'{"format_version": 3, "manifest_sha256": "a"}',
-        b'{"format_version": 3, "manifest_sha256": "\\ud800"}',
+        b'{"format_version": 4}',
+        b'{"format_version": 4, "manifest_sha256": ""}',
+        b'{"format_version": 4, "manifest_sha256": "a"}',
+        b'{"format_version": 4, "manifest_sha256": "\\ud800"}',
         b'{"format_version": "2"}',
     ],
 )
@@ -441,9 +441,9 @@ def test_what_is_no_manifest(data: bytes) -> None:
 
 def test_other_versions_are_named(manifest: dict[str, Any]) -> None:
     """Also where nothing else in them is as it is here."""
-    for version in (0, 1, 2, 4, 2**40):
+    for version in (0, 1, 2, 3, 5, 2**40):
         text = refused(signed({"format_version": version, "modules": {}, "files": {}}))
-        assert f"format_version {version}, and this program reads 3" in text
+        assert f"format_version {version}, and this program reads 4" in text
         assert f"format_version {version}" in refused(
             signed(manifest | {"format_version": version})
         )

@@ -20,7 +20,7 @@ from ctconvert.store.base import Store
 from ctconvert.store.checkpoint import MANIFEST
 from ctconvert.store.safetensors import build_header, total_bytes
 
-FORMAT_VERSION: Literal[3] = 3
+FORMAT_VERSION: Literal[4] = 4
 _BLANK = "0" * 64
 #: Bytes of the largest manifest that is read; a model of 200 000 tensors has a quarter of it.
 LARGEST_MANIFEST = 500_000_000
@@ -58,7 +58,7 @@ class Manifest(Struct, frozen=True, kw_only=True, dict=True):
     with this value replaced by 64 zeros.
     """
 
-    format_version: Literal[3]
+    format_version: Literal[4]
     tool: Tool
     plan: Plan
     tensor_hash: Literal["blake3"]

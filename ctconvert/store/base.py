@@ -14,6 +14,9 @@ from ctconvert import memory
 
 #: Bytes read, copied or hashed at once where no transform needs a whole tensor.
 CHUNK = 8 << 20
+#: Where a file's bytes should begin and end to go past the page cache: a multiple of what disks and
+#: file systems ask for, but for a few.
+BLOCK = 4096
 
 
 class Store(ABC):

@@ -2,7 +2,7 @@
 
 What is written once and read once to be verified gains nothing from the page cache, and pays for
 it: a copy each way, and fresh pages for as many bytes. The system wants blocks: places in the file,
-lengths and addresses that are multiples of :data:`BLOCK`. A file system that has no such way, or
+lengths and addresses that are multiples of ``BLOCK``. A file system that has no such way, or
 wants larger blocks, refuses, and the ordinary way, which moves the same bytes, is taken.
 """
 
@@ -15,11 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ctconvert import memory
-from ctconvert.store.base import CHUNK
+from ctconvert.store.base import BLOCK, CHUNK
 from ctconvert.store.local import LocalStore
 
-#: A multiple of what disks and file systems ask for, but for a few.
-BLOCK = 4096
 #: Smaller ranges go the ordinary way.
 LEAST = 1 << 20
 _FLAG = getattr(os, "O_DIRECT", None)
@@ -32,6 +30,23 @@ def opened(path: Path, flags: int) -> int | None:
             # a FIFO must not be waited for
             return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | _FLAG)
     return None
+
+
+def begins_a_block(data: memoryview) -> bool:
+    """Whether the bytes lie in memory so that they can go to the disk from there."""
+    import numpy  # not at the top, for verifying needs none
+
+    place: int = numpy.frombuffer(data, numpy.uint8).__array_interface__["data"][0]
+    return place % BLOCK == 0
+
+
+def put(buffer: memoryview, data: memoryview) -> None:
+    """Copies bytes to the begin of a buffer, while other threads run (a slice would stop them)."""
+    import numpy
+
+    numpy.copyto(
+        numpy.frombuffer(buffer[: len(data)], numpy.uint8), numpy.frombuffer(data, numpy.uint8)
+    )
 
 
 def aligned(count: int) -> memoryview:

@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 
 from ctconvert.errors import BadInputError
 from ctconvert.specs import DTYPE_BITS, Dtype, Size, TensorSpec
-from ctconvert.store.base import Store
+from ctconvert.store.base import BLOCK, Store
 
 #: safetensors' own bound on a header.
 MAX_HEADER = 100_000_000
@@ -231,7 +231,7 @@ def build_header(
 
     Returns:
         the length prefix and the JSON, padded with spaces so that the data starts at a multiple
-        of 8, and the absolute offset of each tensor.
+        of :data:`BLOCK`, and the absolute offset of each tensor.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     begins = []
@@ -242,5 +242,5 @@ def build_header(
         header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % BLOCK)
     return struct.pack("<Q", len(text)) + text, [8 + len(text) + begin for begin in begins]

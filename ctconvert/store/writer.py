@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ctconvert.errors import ConversionError
-from ctconvert.store.base import CHUNK
-from ctconvert.store.direct import BLOCK, Descriptors, aligned
+from ctconvert.store.base import BLOCK, CHUNK
+from ctconvert.store.direct import Descriptors, aligned, begins_a_block, put
 
 
 class Sink(Protocol):
@@ -122,15 +122,18 @@ class LocalSink:
         descriptor, done = self._direct.of(name), 0
         if descriptor is None:
             return 0
-        buffer = aligned(CHUNK)
+        buffer = None if begins_a_block(data) else aligned(CHUNK)
         while count := min(CHUNK, (len(data) - done) // BLOCK * BLOCK):
-            buffer[:count] = data[done : done + count]
+            part = data[done : done + count]
+            if buffer is not None:
+                put(buffer, part)
+                part = buffer[:count]
             try:
-                wrote = os.pwrite(descriptor, buffer[:count], offset + done)
+                wrote = os.pwrite(descriptor, part, offset + done)
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EFAULT):
                     raise
-                return done  # larger blocks are wanted, or it was promised in vain
+                return done  # larger blocks or other memory is wanted, or it was promised in vain
             done += wrote // BLOCK * BLOCK
             if wrote < count:
                 break

@@ -130,10 +130,10 @@ def test_a_missing_or_cut_manifest_fails(converted: Path) -> None:
         for text in (data[: len(data) // 2], b"", b"[]", b"5", data[:-2] + b"]"):
             path.write_bytes(text)
             differs(converted, "ctconvert.json", "damaged")
-        for version in (2, 4):
-            other = data.replace(b'"format_version": 3', b'"format_version": %d' % version)
+        for version in (3, 5):
+            other = data.replace(b'"format_version": 4', b'"format_version": %d' % version)
             path.write_bytes(other)
-            differs(converted, "ctconvert.json", f"format_version {version}", "reads 3")
+            differs(converted, "ctconvert.json", f"format_version {version}", "reads 4")
     finally:
         path.write_bytes(data)
 

@@ -14,10 +14,12 @@ import pytest
 from support.faults import descriptors
 
 from ctconvert.errors import ConversionError
-from ctconvert.store import direct
-from ctconvert.store.base import CHUNK
-from ctconvert.store.direct import BLOCK, DiskStore
+from ctconvert.specs import TensorSpec
+from ctconvert.store import direct, writer
+from ctconvert.store.base import BLOCK, CHUNK
+from ctconvert.store.direct import DiskStore
 from ctconvert.store.local import LocalStore
+from ctconvert.store.safetensors import build_header
 from ctconvert.store.writer import LARGE, LocalSink
 
 #: Ranges that meet inside blocks, small and large, one of several chunks and one of whole blocks.
@@ -121,6 +123,51 @@ def test_large_ranges_go_past_the_page_cache(
     store = DiskStore(tmp_path)
     monkeypatch.setattr(LocalStore, "read_into", lambda *_: pytest.fail("not from the disk"))
     assert sum(len(part) for part in store.pieces("file")) == len(data)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_bytes_that_begin_a_block_go_from_where_they_are(
+    first: int, tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not _has_direct(tmp_path):
+        pytest.skip("this file system has no O_DIRECT")
+    copied: list[int] = []
+    monkeypatch.setattr(writer, "put", lambda *given: copied.append(direct.put(*given)))
+    size = CHUNK + BLOCK
+    buffer = direct.aligned(size + first)[first : first + size]
+    buffer[:] = data[:size]
+    sink = LocalSink(tmp_path)
+    sink.create("file", b"", size)
+    sink.write("file", 0, buffer)
+    sink.finish("file")
+    assert (tmp_path / "file").read_bytes() == data[:size]
+    assert bool(copied) == bool(first)
+
+
+def test_the_data_of_a_file_begins_a_block() -> None:
+    header, offsets = build_header(
+        [("a", TensorSpec("U8", (3,))), ("b", TensorSpec("U8", (1,)))], {}
+    )
+    assert len(header) % BLOCK == 0
+    assert offsets == [len(header), len(header) + 3]
+
+
+def test_memory_that_no_disk_takes(
+    tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device's, mapped here."""
+    pwrite, refused = os.pwrite, [0]
+
+    def write(descriptor: int, part: Any, offset: int) -> int:
+        if len(part) == CHUNK:
+            refused[0] += 1
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        return pwrite(descriptor, part, offset)
+
+    monkeypatch.setattr(os, "pwrite", write)
+    _write(tmp_path, data)
+    assert (tmp_path / "file").read_bytes() == data
+    assert refused[0] or not _has_direct(tmp_path)
 
 
 def test_a_file_that_ends_early_or_is_gone(tmp_path: Path, data: bytes) -> None:
