@@ -26,9 +26,10 @@ WORTH = 512 << 20
 
 
 class _Loops:
-    """The compiled loops, once enough was asked of them."""
+    """The compiled loops, once :attr:`least` bytes were asked of them."""
 
     def __init__(self) -> None:
+        self.least = WORTH
         self._lock = threading.Lock()
         self._seen = 0
         self._found: ModuleType | None = None
@@ -38,7 +39,9 @@ class _Loops:
         """The loops; None where torch shall do these ``count`` bytes."""
         with self._lock:
             self._seen += count
-            if self._seen >= WORTH and not self._looked:
+            if self._seen < self.least:
+                return None
+            if not self._looked:
                 self._looked = True
                 try:
                     self._found = importlib.import_module("ctconvert.transforms.loops")

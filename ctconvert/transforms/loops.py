@@ -195,7 +195,7 @@ def scatter(pairs, nibbles, shifts, bits, groups, first, last):
     """Groups [N, K/4] of pairs [N, K/4] and nibbles u8 [N, >= K/8], rows ``first`` to ``last``.
 
     ``shifts`` u64 [16, 3] has for each nibble where the two values go in the word, and 1 where they
-    are none and must be 0, 2 where the nibble is wrong. False where one is wrong.
+    are none and must be 0, 2 where the nibble is wrong. True where one is wrong.
     """
     low = (U(1) << bits) - U(1)
     wrong = U(0)
@@ -207,45 +207,102 @@ def scatter(pairs, nibbles, shifts, bits, groups, first, last):
             wrong |= (state & U(2)) | ((U(0) - (state & U(1))) & pair)
             word = ((pair & low) << shifts[nibble, 0]) | ((pair >> bits) << shifts[nibble, 1])
             groups[row, g] = word
-    return wrong == U(0)
+    return wrong != U(0)
 
 
 @njit(inline="always")
-def _gathered(word, table, bits, low, signs, factor, shift):
-    """The kept values of a group, and its nibble."""
-    top = (((word & low) + low) | (word & signs)) & ~low
-    word &= top | low
-    pattern = ((top * factor) >> shift) & U(15)
-    mask = (U(1) << bits) - U(1)
-    first = (word >> table[pattern, 0]) & mask
-    second = (word >> table[pattern, 1]) & mask
-    return first | (second << bits), table[pattern, 2]
+def _settled(pair, clean, entry):
+    """The values of a group, and what is wrong with it: nothing but 0 where all is well."""
+    made = (clean >> (entry & U(31))) << ((entry >> U(5)) & U(31))
+    return made, (entry & U(1 << 15)) | ((U(0) - ((entry >> U(14)) & U(1))) & pair)
 
 
 @njit(nogil=True, cache=True)
-def gather(groups, table, bits, low, signs, factor, pairs, nibbles, first, last):
-    """The inverse, by what is not 0: pairs [N, K/4] and nibbles u8 [N, >= K/8] of groups [N, K/4].
+def settle(words, codes, table, whole, masks, bits, target, nibbles, first, last):
+    """Which two of a group are stored, made one choice for all weights of the same value.
 
-    ``table`` u64 [16, 3] has for each pattern of nonzeros the shifts of the two kept values and the
-    nibble, 16 where there are more than two. ``low`` are all bits of the elements but the highest;
-    ``signs`` those that alone make an element nonzero, else it becomes 0; ``factor`` brings the
-    highest bits together. False where a group has more than two nonzeros.
+    ``words`` u64 [N, K*b/128] hold the values, b bits each, ``codes`` u8 [N, K/8] a nibble a group,
+    ``target`` and ``nibbles`` the same, rows ``first`` to ``last``. ``masks`` u64 [3] have all bits
+    of the elements but the highest, those of the highest that alone make an element nonzero, else
+    it is 0, and the highest. ``table`` u64 [64] has for every nibble, 16 more where the first value
+    is nonzero and 32 more where the second is, how far the values go down, how far then up (5 bits
+    each), the nibble (4 bits), and bits for: both values must be 0 to the bit; there is none.
+    ``whole`` u16 [256] has the byte for two groups without a 0; 256 where there is none.
+
+    The result is the sum of 1 where something is wrong and 2 where something changed.
     """
-    shift = U(4) * bits - U(4)
-    wrong = U(0)
-    count = groups.shape[1]
+    low, signs, high = masks[0], masks[1], masks[2]
+    half, top = U(2) * bits, bits - U(1)
+    mask = (U(1) << half) - U(1)
+    count = codes.shape[1] // words.shape[1]  # bytes of nibbles for a word
+    wrong, changed = U(0), U(0)
     for row in range(first, last):
-        source, target, codes = groups[row], pairs[row], nibbles[row]
-        for c in range(count >> 1):
-            pair, low_nibble = _gathered(U(source[2 * c]), table, bits, low, signs, factor, shift)
-            target[2 * c] = pair
-            pair, nibble = _gathered(U(source[2 * c + 1]), table, bits, low, signs, factor, shift)
-            target[2 * c + 1] = pair
-            wrong |= low_nibble | nibble
-            codes[c] = (low_nibble & U(15)) | ((nibble & U(15)) << U(4))
-        if count & 1:
-            pair, nibble = _gathered(U(source[count - 1]), table, bits, low, signs, factor, shift)
-            target[count - 1] = pair
-            wrong |= nibble
-            codes[count >> 1] = nibble & U(15)
-    return (wrong & U(16)) == U(0)
+        source, before, made, after = words[row], codes[row], target[row], nibbles[row]
+        for c in range(source.shape[0]):
+            word = source[c]
+            nonzero = (((word & low) + low) | (word & signs)) & high
+            if nonzero == high:  # mostly, and then two groups are one look-up
+                made[c] = word
+                for place in range(count):
+                    code = before[c * count + place]
+                    nibble = whole[code]
+                    after[c * count + place] = nibble
+                    wrong |= U(nibble >> 8)
+                    changed |= U(nibble ^ code)
+                continue
+            clean = word & (low | signs | nonzero)
+            held = nonzero >> top
+            held |= held >> top
+            both = U(0)
+            for place in range(count):
+                code, shift = U(before[c * count + place]), U(2 * place) * half
+                entry = table[(code & U(15)) | ((held >> shift) & U(3)) << U(4)]
+                other = table[(code >> U(4)) | ((held >> (shift + half)) & U(3)) << U(4)]
+                left, amiss = _settled((word >> shift) & mask, (clean >> shift) & mask, entry)
+                shift += half
+                right, astray = _settled((word >> shift) & mask, (clean >> shift) & mask, other)
+                both |= (left | right << half) << (shift - half)
+                nibble = ((entry >> U(10)) & U(15)) | (((other >> U(10)) & U(15)) << U(4))
+                after[c * count + place] = nibble
+                wrong |= amiss | astray
+                changed |= nibble ^ code
+            changed |= both ^ word
+            made[c] = both
+    return int(wrong != U(0)) | int(changed != U(0)) << 1
+
+
+# The SM90 metadata, 64 rows by 128 columns after another; ``back`` is from its order to rows.
+
+
+@njit(nogil=True, cache=True)
+def order16(rows, flat, back, first, last):
+    """u16 [N, K/16] and u16 [N*K/16] in the order for 16-bit elements: blocks of 64 rows."""
+    height = rows.shape[0] // 64
+    for strip in range(first, last):
+        for block in range(rows.shape[1] // 8):
+            for a in range(4):
+                for b in range(2):
+                    for c in range(8):
+                        row = strip * 64 + a * 16 + b * 8 + c
+                        at = (block * height + strip) * 512 + a * 128 + c * 8 + b
+                        for d in range(4):
+                            for e in range(2):
+                                if back:
+                                    rows[row, block * 8 + d * 2 + e] = flat[at + e * 64 + d * 2]
+                                else:
+                                    flat[at + e * 64 + d * 2] = rows[row, block * 8 + d * 2 + e]
+
+
+@njit(nogil=True, cache=True)
+def order8(rows, flat, back, first, last):
+    """u64 [N, K/64] and u64 [N*K/64] in the order for 8-bit elements: blocks of 64 rows."""
+    height = rows.shape[0] // 64
+    for strip in range(first, last):
+        for block in range(rows.shape[1] // 2):
+            for row in range(64):
+                at = ((block * height + strip) * 64 + row) * 2
+                for half in range(2):
+                    if back:
+                        rows[strip * 64 + row, block * 2 + half] = flat[at + half]
+                    else:
+                        flat[at + half] = rows[strip * 64 + row, block * 2 + half]

@@ -15,14 +15,14 @@ from ctconvert.transforms.marlin import cpu as tiles
 from ctconvert.transforms.packed import cpu as words
 from ctconvert.transforms.sparse24 import compiled as sparse_loops
 from ctconvert.transforms.sparse24 import cpu as sparse_torch
+from ctconvert.transforms.sparse24 import order
 
 
 @pytest.fixture
 def loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled from the first byte on."""
     pytest.importorskip("numba")
-    monkeypatch.setattr(compiled, "WORTH", 0)
-    monkeypatch.setattr(compiled, "LOOPS", compiled._Loops())
+    monkeypatch.setattr(compiled.LOOPS, "least", 0)
 
 
 def random(n: int, width: int) -> torch.Tensor:
@@ -84,11 +84,11 @@ def test_what_the_loops_do_not_take(loops: None) -> None:
         assert torch.equal(made, words.transpose(source, bits, columns))
 
 
-def test_little_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_is_torchs() -> None:
     """And so is what comes before the bound, however many threads ask."""
     pytest.importorskip("numba")
     loops = compiled._Loops()
-    monkeypatch.setattr(compiled, "WORTH", 64)
+    loops.least = 64
     found: list[object] = []
     asked = [threading.Thread(target=lambda: found.append(loops.after(8))) for _ in range(16)]
     for thread in asked:
@@ -102,8 +102,8 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(compiled, "WORTH", 0)
     monkeypatch.setattr(compiled, "LOOPS", compiled._Loops())
+    monkeypatch.setattr(compiled.LOOPS, "least", 0)
     monkeypatch.setattr(compiled.importlib, "import_module", missing)
     source = random(64, 16)
     assert compiled.transpose(source, 4, 128) is None
@@ -112,7 +112,6 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sparse(loops: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse_loops, "LOOPS", compiled.LOOPS)
     monkeypatch.setattr(sparse_loops, "empty", _filled)
 
 
@@ -139,8 +138,6 @@ def test_sparse_there_and_back(sparse: None, n: int, k: int, dtype: torch.dtype)
     values, meta = sparse_torch.sm90_compress(dense)
     bitmask = sparse_torch.bitmask_of(dense)
     kept = sparse_torch.bitmask_compress(dense, bitmask)
-    made = sparse_loops.sm90_compress(dense)
-    assert made is not None and same_bits(made[0], values) and same_bits(made[1], meta)
     for found, want in (
         (
             sparse_loops.sm90_decompress(values, meta, n, k),
@@ -163,11 +160,6 @@ def test_damage_is_told_as_torch_tells_it(sparse: None, k: int, dtype: torch.dty
     kept = sparse24.bitmask_compress(dense, bitmask)
     values, meta = sparse24.sm90_compress(dense)
     for row in (0, 63, n - 1):
-        over = dense.clone()
-        over[row, k - 3 :] = 1
-        assert sparse_loops.sm90_compress(over) is None
-        with pytest.raises(ValueError, match=f"row {row}"):
-            sparse24.sm90_compress(over)
         for byte in (0x01, 0x07, 0x73):
             wrong = bitmask.clone()
             wrong[row, -1] = byte
@@ -187,6 +179,102 @@ def test_damage_is_told_as_torch_tells_it(sparse: None, k: int, dtype: torch.dty
         made = sparse_loops.sm90_decompress(values, other, n, k)
         assert (made is None) == isinstance(want, str)
         assert made is None or same_bits(made, want)
+
+
+def every_group(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and a bitmask: any two of four columns, each 0, -0 or another, beside one another."""
+    integer = torch.int16 if dtype.itemsize == 2 else torch.int8
+    low, high = (1 << 8 * dtype.itemsize - 1 - bit for bit in (0, 1))
+    some = torch.tensor([0, -low, 1, high, -1, low - 1], dtype=integer)
+    values = torch.cartesian_prod(some, some)  # [36, 2]
+    masks = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8)
+    groups = values.repeat_interleave(6, 0)  # every value with every mask
+    codes = masks.repeat(36)
+    order = torch.randperm(216 * 32, generator=torch.Generator().manual_seed(3)) % 216
+    values, codes = groups[order].reshape(72, -1), codes[order].reshape(72, -1, 2)
+    return values.view(dtype), codes[..., 0] | codes[..., 1] << 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pairs_of_every_group(
+    sparse: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    compressed, bitmask = every_group(dtype)
+    n, k = compressed.shape[0], 2 * compressed.shape[1]
+    dense = sparse_torch.bitmask_decompress(compressed, bitmask, k)
+    values, meta = sparse_torch.sm90_compress(dense)  # which makes any zero of 16 bits +0
+    own = sparse_torch.bitmask_of(dense)
+    plain = sparse_torch.sm90_decompress(values, meta, n, k)
+    kept = sparse_torch.bitmask_compress(plain, own)
+    for name in ("bitmask_decompress", "bitmask_compress", "sm90_compress", "sm90_decompress"):
+        monkeypatch.setattr(sparse_torch, name, None)  # would fail if it were called
+    found, pairs = sparse24.pairs_of_bitmask(compressed, bitmask, k)
+    assert same_bits(found, values)
+    assert same_bits(sparse24.sm90_meta(found, pairs, k), meta)
+    back, again = sparse24.pairs_of_sm90(values, meta, n, k)
+    assert back is values and same_bits(again, pairs)
+    made, mask = sparse24.bitmask_of_pairs(values, pairs, k)
+    assert same_bits(made, kept) and same_bits(mask, own)
+    assert same_bits(sparse24.dense_of_pairs(values, pairs, k), plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_pairs_of_a_weight_become_one(sparse: None, dtype: torch.dtype) -> None:
+    """Index pairs that `sm90_compress` would not choose, and what is no index pair."""
+    compressed, bitmask = every_group(dtype)
+    n, k = compressed.shape[0], 2 * compressed.shape[1]
+    pair_of = torch.zeros(16, dtype=torch.uint8)
+    pair_of[[3, 5, 6, 9, 10, 12]] = torch.tensor([4, 8, 9, 12, 13, 14], dtype=torch.uint8)
+    rows = pair_of[(bitmask & 15).int()] | pair_of[(bitmask >> 4).int()] << 4
+    meta = sparse24.sm90_meta(compressed, rows, k)
+    want = sparse_torch.sm90_compress(sparse_torch.bitmask_decompress(compressed, bitmask, k))
+    values, pairs = sparse24.pairs_of_sm90(compressed, meta, n, k)
+    assert same_bits(values, want[0])
+    assert same_bits(sparse24.sm90_meta(values, pairs, k), want[1])
+    for byte, row in ((0x05, 0), (0x50, 63), (0xF4, n - 1), (0x04, n - 1), (0x40, 7)):
+        damaged = rows.clone()
+        damaged[row, -1] = byte
+        moved = sparse24.sm90_meta(compressed, damaged, k)
+        made = _result(sparse24.pairs_of_sm90, compressed, moved, n, k)
+        told = _result(sparse_torch.sm90_decompress, compressed, moved, n, k)
+        assert isinstance(made, str) == isinstance(told, str)
+        assert not isinstance(told, str) or made == told
+        assert sparse_loops.settle(compressed, damaged, k, "bitmask") is None
+    with pytest.raises(ValueError, match="row 63"):
+        wrong = bitmask.clone()
+        wrong[63, -1] = 0x37
+        sparse24.pairs_of_bitmask(compressed, wrong, k)
+    assert sparse_loops.settle(compressed[:, :-2], rows[:, :-1], k - 4, "pairs") is None
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 4), (65, 12), (130, 136), (192, 276)])
+def test_pairs_that_the_loops_do_not_take(n: int, k: int) -> None:
+    """And without them: odd numbers of groups, rows and columns that metadata pads."""
+    dense = sparse_weight(n, k, torch.float16)
+    bitmask = sparse24.bitmask_of(dense)
+    kept = sparse24.bitmask_compress(dense, bitmask)
+    values, meta = sparse_torch.sm90_compress(dense)
+    found, pairs = sparse24.pairs_of_bitmask(kept, bitmask, k)
+    assert pairs.shape == (n, -(-k // 8))
+    assert same_bits(found, values) and same_bits(sparse24.sm90_meta(found, pairs, k), meta)
+    back, again = sparse24.pairs_of_sm90(values, meta, n, k)
+    assert same_bits(back, values) and same_bits(again, pairs)
+    made, mask = sparse24.bitmask_of_pairs(values, pairs, k)
+    assert same_bits(
+        sparse24.bitmask_decompress(made, mask, k), sparse24.dense_of_pairs(values, pairs, k)
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_order_of_the_metadata(sparse: None, size: int) -> None:
+    rows = random(192, 160).view(torch.uint8)
+    want = order.to_kernel_order(rows, size)
+    made, back = (
+        sparse_loops.to_kernel_order(rows, size),
+        sparse_loops.from_kernel_order(want, size),
+    )
+    assert made is not None and same_bits(made, want)
+    assert back is not None and same_bits(back, rows)
 
 
 def _result(function: Callable[..., Any], *arguments: Any) -> Any:
