@@ -81,14 +81,15 @@ def transpose(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor | No
 
 def pack_tiles(units: torch.Tensor, bits: int) -> torch.Tensor | None:
     """``marlin.cpu.pack_tiles``; None where the torch path shall do it."""
-    if bits != 4 or (loops := _loops(units)) is None:
+    if (loops := _loops(units)) is None:
         return None
-    n, width = units.shape
-    tiles = empty((width, 2 * n), torch.int32)
+    n, k = units.shape[0], units.shape[1] * 64 // bits
+    tiles = empty((k // 16, n * bits // 2), torch.int32)
     source, target = units.numpy().view("u8"), tiles.numpy().view("u8")
+    run = loops.pack_tiles4 if bits == 4 else loops.pack_tiles8
 
     def work(share: Sequence[slice]) -> None:
-        loops.pack_tiles4(source, target, share[0].start, share[-1].stop)
+        run(source, target, share[0].start, share[-1].stop)
 
     spread(work, slices(n // 64, 1), units.nbytes)
     return tiles
@@ -96,13 +97,31 @@ def pack_tiles(units: torch.Tensor, bits: int) -> torch.Tensor | None:
 
 def unpack_tiles(units: torch.Tensor, bits: int, n: int, k: int) -> torch.Tensor | None:
     """``marlin.cpu.unpack_tiles``; None where the torch path shall do it."""
-    if bits != 4 or (loops := _loops(units)) is None:
+    if (loops := _loops(units)) is None:
         return None
-    words = empty((n, k // 8), torch.int32)
+    words = empty((n, k * bits // 32), torch.int32)
     source, target = units.numpy().view("u8"), words.numpy().view("u8")
+    run = loops.unpack_tiles4 if bits == 4 else loops.unpack_tiles8
 
     def work(share: Sequence[slice]) -> None:
-        loops.unpack_tiles4(source, target, share[0].start, share[-1].stop)
+        run(source, target, share[0].start, share[-1].stop)
 
     spread(work, slices(n // 64, 1), units.nbytes)
     return words
+
+
+def take_columns(words: torch.Tensor, perm: torch.Tensor, bits: int) -> torch.Tensor | None:
+    """``marlin.cpu.take_columns``; None where the torch path shall do it."""
+    n, k = words.shape[0], perm.shape[0]
+    if n % 16 or k % 16 or (loops := _loops(words)) is None:
+        return None
+    out = empty(words.shape, torch.int32)
+    source, target = words.numpy().view("u8"), out.numpy().view("u4")
+    columns = perm.contiguous().numpy()
+    run = loops.take4 if bits == 4 else loops.take8
+
+    def work(share: Sequence[slice]) -> None:
+        run(source, columns, target, share[0].start, share[-1].stop)
+
+    spread(work, slices(n, 64), words.nbytes)
+    return out

@@ -5,13 +5,66 @@ Each takes C-contiguous arrays and the range of the work that it does, so that t
 
 from __future__ import annotations
 
+import functools
+import logging
+import pickle
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numba import config, njit
+from numba.core.caching import FunctionCache
 
 if config.DISABLE_JIT:
     raise ImportError("Numba is told not to compile")
 
 U = np.uint64
+
+
+#: What reading a damaged cache raises: pickles, and what is looked for in what they hold.
+_DAMAGE = (
+    *(pickle.UnpicklingError, EOFError, LookupError, AttributeError, ImportError, MemoryError),
+    *(ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError, OSError),
+)
+
+
+class _Kept(FunctionCache):
+    """Numba's cache of a loop; where it is damaged or cannot be written, the loop is compiled."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except _DAMAGE as error:
+            _tell(type(error).__name__)
+        try:
+            self.flush()
+        except OSError:
+            self.disable()
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError:
+            self.disable()
+
+
+@functools.cache
+def _tell(what: str) -> None:
+    logging.getLogger("ctconvert").warning(
+        "the compiled loops that Numba keeps are damaged (%s): they are compiled anew", what
+    )
+
+
+def _loop(function: Callable[..., Any]) -> Any:
+    """Compiled at its first call, and kept in Numba's cache.
+
+    Raises:
+        RuntimeError: there is no place for the cache.
+    """
+    made = njit(nogil=True)(function)
+    made._cache = _Kept(function)  # as njit(cache=True) has it
+    return made
 
 
 @njit(inline="always")
@@ -21,7 +74,7 @@ def _swap(low, high, shift, mask):
     return low ^ (swap << shift), high ^ swap
 
 
-@njit(nogil=True, cache=True)
+@_loop
 def transpose4(source, target, first, last):
     """u64 [R, W/2], R % 8 == 0, to u32 [8*W, R/8]: int4 codes, columns ``first`` to ``last``.
 
@@ -78,7 +131,7 @@ def transpose4(source, target, first, last):
                             target[row, start + group] = words[group * 8 + code, w]
 
 
-@njit(nogil=True, cache=True)
+@_loop
 def transpose8(source, target, first, last):
     """u64 [R, W/2], R % 4 == 0, to u32 [4*W, R/4]: as :func:`transpose4`, of 8-bit codes."""
     groups = source.shape[0] // 4
@@ -118,7 +171,7 @@ def transpose8(source, target, first, last):
 # ``marlin.cpu._Block`` describes the steps; a unit of a run is a, k2, k1, j1 with 4 bits.
 
 
-@njit(nogil=True, cache=True)
+@_loop
 def pack_tiles4(units, tiles, first, last):
     """u64 [N, K/16] to u64 [K/16, N]: runs of 64 rows, ``first`` to ``last``."""
     count = units.shape[1]
@@ -152,7 +205,7 @@ def pack_tiles4(units, tiles, first, last):
                     tiles[begin + t, run * 64 + unit] = block[unit, t]
 
 
-@njit(nogil=True, cache=True)
+@_loop
 def unpack_tiles4(tiles, units, first, last):
     """The inverse of :func:`pack_tiles4`."""
     count = units.shape[1]
@@ -186,11 +239,110 @@ def unpack_tiles4(tiles, units, first, last):
                         units[row + 24, begin + t] = s
 
 
+@_loop
+def pack_tiles8(units, tiles, first, last):
+    """u64 [N, K/8] to u64 [K/16, 2*N]: as :func:`pack_tiles4`, a unit being a, k2, k1, j."""
+    count = units.shape[1] // 2
+    block = np.empty((128, 18), np.uint64)
+    for run in range(first, last):
+        for begin in range(0, count, 16):
+            width = min(16, count - begin)
+            for j in range(4):
+                for a in range(8):
+                    row = run * 64 + j * 16 + a
+                    place = a * 16 + j
+                    for t in range(width):
+                        p = units[row, 2 * (begin + t)]
+                        q = units[row, 2 * (begin + t) + 1]
+                        r = units[row + 8, 2 * (begin + t)]
+                        s = units[row + 8, 2 * (begin + t) + 1]
+                        p, r = _swap(p, r, U(32), U(0x00000000FFFFFFFF))
+                        q, s = _swap(q, s, U(32), U(0x00000000FFFFFFFF))
+                        p, q = _swap(p, q, U(8), U(0x00FF00FF00FF00FF))
+                        r, s = _swap(r, s, U(8), U(0x00FF00FF00FF00FF))
+                        p, q = _swap(p, q, U(16), U(0x0000FFFF0000FFFF))
+                        r, s = _swap(r, s, U(16), U(0x0000FFFF0000FFFF))
+                        block[place, t] = p
+                        block[place + 4, t] = q
+                        block[place + 8, t] = r
+                        block[place + 12, t] = s
+            for t in range(width):
+                for unit in range(128):
+                    tiles[begin + t, run * 128 + unit] = block[unit, t]
+
+
+@_loop
+def unpack_tiles8(tiles, units, first, last):
+    """The inverse of :func:`pack_tiles8`."""
+    count = units.shape[1] // 2
+    block = np.empty((128, 18), np.uint64)
+    for run in range(first, last):
+        for begin in range(0, count, 16):
+            width = min(16, count - begin)
+            for t in range(width):
+                for unit in range(128):
+                    block[unit, t] = tiles[begin + t, run * 128 + unit]
+            for j in range(4):
+                for a in range(8):
+                    row = run * 64 + j * 16 + a
+                    place = a * 16 + j
+                    for t in range(width):
+                        p = block[place, t]
+                        q = block[place + 4, t]
+                        r = block[place + 8, t]
+                        s = block[place + 12, t]
+                        p, q = _swap(p, q, U(16), U(0x0000FFFF0000FFFF))
+                        r, s = _swap(r, s, U(16), U(0x0000FFFF0000FFFF))
+                        p, q = _swap(p, q, U(8), U(0x00FF00FF00FF00FF))
+                        r, s = _swap(r, s, U(8), U(0x00FF00FF00FF00FF))
+                        p, r = _swap(p, r, U(32), U(0x00000000FFFFFFFF))
+                        q, s = _swap(q, s, U(32), U(0x00000000FFFFFFFF))
+                        units[row, 2 * (begin + t)] = p
+                        units[row, 2 * (begin + t) + 1] = q
+                        units[row + 8, 2 * (begin + t)] = r
+                        units[row + 8, 2 * (begin + t) + 1] = s
+
+
+@_loop
+def take4(source, columns, target, first, last):
+    """Columns of u64 [N, K/16] into u32 [N, K/8]: int4 codes, rows ``first`` to ``last``.
+
+    The rows of a block in the L2 cache are transposed, so that a column's codes move together.
+    """
+    k = len(columns)
+    for begin in range(first, last, 64):
+        rows = min(64, last - begin)
+        turned = np.empty((k, rows // 8), np.uint32)
+        moved = np.empty((k, rows // 16), np.uint64)
+        transpose4(source[begin : begin + rows], turned, 0, source.shape[1])
+        pairs = turned.view(np.uint64)
+        for column in range(k):
+            for pair in range(rows // 16):
+                moved[column, pair] = pairs[columns[column], pair]
+        transpose4(moved, target[begin : begin + rows], 0, rows // 16)
+
+
+@_loop
+def take8(source, columns, target, first, last):
+    """u64 [N, K/8] into u32 [N, K/4]: as :func:`take4`, of 8-bit codes."""
+    k = len(columns)
+    for begin in range(first, last, 32):
+        rows = min(32, last - begin)
+        turned = np.empty((k, rows // 4), np.uint32)
+        moved = np.empty((k, rows // 8), np.uint64)
+        transpose8(source[begin : begin + rows], turned, 0, source.shape[1])
+        pairs = turned.view(np.uint64)
+        for column in range(k):
+            for pair in range(rows // 8):
+                moved[column, pair] = pairs[columns[column], pair]
+        transpose8(moved, target[begin : begin + rows], 0, rows // 8)
+
+
 # 2:4 sparse weights: a group of four elements is a word of u64 (16-bit elements) or u32 (8-bit),
 # its two kept values, lower column first, half a word.
 
 
-@njit(nogil=True, cache=True)
+@_loop
 def scatter(pairs, nibbles, shifts, bits, groups, first, last):
     """Groups [N, K/4] of pairs [N, K/4] and nibbles u8 [N, >= K/8], rows ``first`` to ``last``.
 
@@ -217,7 +369,7 @@ def _settled(pair, clean, entry):
     return made, (entry & U(1 << 15)) | ((U(0) - ((entry >> U(14)) & U(1))) & pair)
 
 
-@njit(nogil=True, cache=True)
+@_loop
 def settle(words, codes, table, whole, masks, bits, target, nibbles, first, last):
     """Which two of a group are stored, made one choice for all weights of the same value.
 
@@ -274,7 +426,7 @@ def settle(words, codes, table, whole, masks, bits, target, nibbles, first, last
 # The SM90 metadata, 64 rows by 128 columns after another; ``back`` is from its order to rows.
 
 
-@njit(nogil=True, cache=True)
+@_loop
 def order16(rows, flat, back, first, last):
     """u16 [N, K/16] and u16 [N*K/16] in the order for 16-bit elements: blocks of 64 rows."""
     height = rows.shape[0] // 64
@@ -293,7 +445,7 @@ def order16(rows, flat, back, first, last):
                                     flat[at + e * 64 + d * 2] = rows[row, block * 8 + d * 2 + e]
 
 
-@njit(nogil=True, cache=True)
+@_loop
 def order8(rows, flat, back, first, last):
     """u64 [N, K/64] and u64 [N*K/64] in the order for 8-bit elements: blocks of 64 rows."""
     height = rows.shape[0] // 64

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,26 +49,51 @@ def test_transposed(
     assert torch.equal(packed.transpose_packed(source, bits), want)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n", "k"), [(64, 16), (128, 528), (320, 1040)])
-def test_tiles_there_and_back(loops: None, monkeypatch: pytest.MonkeyPatch, n: int, k: int) -> None:
-    source = random(n, k // 8)
-    want = tiles.pack_tiles(source.view(torch.int64), 4)
+def test_tiles_there_and_back(
+    loops: None, monkeypatch: pytest.MonkeyPatch, n: int, k: int, bits: int
+) -> None:
+    source = random(n, k * bits // 32)
+    want = tiles.pack_tiles(source.view(torch.int64), bits)
     monkeypatch.setattr(compiled, "empty", _poisoned)
     monkeypatch.setattr(tiles, "pack_tiles", None)
     monkeypatch.setattr(tiles, "unpack_tiles", None)
-    assert torch.equal(marlin.marlin_pack(source, 4), want)
-    assert torch.equal(marlin.marlin_unpack(want, 4, n, k), source)
+    assert torch.equal(marlin.marlin_pack(source, bits), want)
+    assert torch.equal(marlin.marlin_unpack(want, bits, n, k), source)
 
 
-def test_shared_among_threads(loops: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = random(448, 272)
-    transposed, packed_tiles = words.transpose(source, 4, 2176), marlin.marlin_pack(source, 4)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (48, 1040), (208, 272)])
+def test_columns_in_another_order(
+    loops: None, monkeypatch: pytest.MonkeyPatch, n: int, k: int, bits: int
+) -> None:
+    source = random(n, k * bits // 32)
+    g_idx = torch.randint(0, 5, (k,), generator=torch.Generator().manual_seed(n)).int()
+    perm = torch.argsort(g_idx, stable=True).int()
+    want = tiles.take_columns(source, perm, bits)
+    codes = packed.unpack(source, bits, k)
+    assert torch.equal(packed.unpack(want, bits, k), codes[:, perm.long()])
+    monkeypatch.setattr(compiled, "empty", _poisoned)
+    monkeypatch.setattr(tiles, "take_columns", None)
+    found, order = marlin.sort_columns(source, g_idx, bits)
+    assert torch.equal(found, want) and torch.equal(order, perm)
+    assert torch.equal(marlin.unsort_columns(want, perm, bits), source)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_shared_among_threads(loops: None, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    n, k = 448, 2176
+    source, perm = random(n, k * bits // 32), torch.arange(k - 1, -1, -1).int()
+    transposed, turned = words.transpose(source, bits, k), tiles.take_columns(source, perm, bits)
+    packed_tiles = marlin.marlin_pack(source, bits)
     monkeypatch.setattr(threads, "THREADED_BYTES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(compiled, "empty", _poisoned)
-    assert torch.equal(packed.transpose_packed(source, 4), transposed)
-    assert torch.equal(marlin.marlin_pack(source, 4), packed_tiles)
-    assert torch.equal(marlin.marlin_unpack(packed_tiles, 4, 448, 2176), source)
+    assert torch.equal(packed.transpose_packed(source, bits), transposed)
+    assert torch.equal(marlin.marlin_pack(source, bits), packed_tiles)
+    assert torch.equal(marlin.marlin_unpack(packed_tiles, bits, n, k), source)
+    assert torch.equal(marlin.unsort_columns(source, perm, bits), turned)
 
 
 def test_what_the_loops_do_not_take(loops: None) -> None:
@@ -108,6 +136,40 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     source = random(64, 16)
     assert compiled.transpose(source, 4, 128) is None
     assert torch.equal(packed.transpose_packed(source, 4), words.transpose(source, 4, 128))
+
+
+def test_a_damaged_cache_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    numba = pytest.importorskip("numba")
+    from ctconvert.transforms import loops
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    logger = logging.getLogger("ctconvert")
+    monkeypatch.setattr(logger, "propagate", True)
+
+    def right() -> bool:
+        """Compiled or loaded in a process of its own, as far as Numba can tell."""
+        loops._tell.cache_clear()
+        rows, flat = np.arange(256, dtype=np.uint64).reshape(64, 4), np.zeros(256, np.uint64)
+        loops._loop(loops.order8.py_func)(rows, flat, False, 0, 1)
+        return np.array_equal(flat, np.concatenate([rows[:, :2].ravel(), rows[:, 2:].ravel()]))
+
+    assert right()
+    (index,), (code,) = tmp_path.rglob("*.nbi"), tmp_path.rglob("*.nbc")
+    for path, content in ((index, b"damaged"), (index, b""), (code, b"\x80\x04"), (code, b"K")):
+        path.write_bytes(content)
+        assert right()
+        assert caplog.text.count("are damaged") == 1 and "compiled anew" in caplog.text
+        caplog.clear()
+        assert right() and not caplog.text  # it was written again
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    index.unlink()
+    monkeypatch.setattr(loops.FunctionCache, "_save_overload", full)
+    assert right()
 
 
 @pytest.fixture
