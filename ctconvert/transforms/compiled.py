@@ -3,9 +3,8 @@
 ``pip install 'ctconvert[fast]'``. The bits are those of the torch paths, which are the reference,
 and which run where Numba is not there or too little is to be done.
 
-GB/s (in + out) of one busy core, best of five, compiled beside torch, N x K = 14336 x 4096; chosen
-over torch's operations, each of which goes through memory again: int4 K -> N 3.7 beside 1.7, int8
-K -> N 3.7 beside 1.4, int4 to Marlin's tiles 5.8 beside 2.0, back 5.7 beside 2.0.
+They were chosen over torch's operations, each of which goes through memory again; ``bench_cpu.py``
+times both.
 """
 
 from __future__ import annotations
@@ -64,18 +63,24 @@ def transpose(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor | No
     """``packed.cpu.transpose``; None where the torch path shall do it."""
     rows, width = words.shape
     f = 32 // bits
-    if bits not in (4, 8) or rows % f or width % 2 or columns != width * f or not rows * width:
+    if (
+        bits not in (4, 8)
+        or rows % (2 * f)
+        or width % 2
+        or columns != width * f
+        or not words.numel()
+    ):
         return None
     if (loops := _loops(words)) is None:
         return None
     out = empty((columns, rows // f), torch.int32)
-    source, target = words.numpy().view("u8"), out.numpy().view("u4")
+    source, target = words.numpy().view("u8"), out.numpy().view("u8")
     run = loops.transpose4 if bits == 4 else loops.transpose8
 
     def work(share: Sequence[slice]) -> None:
         run(source, target, share[0].start, share[-1].stop)
 
-    spread(work, slices(width // 2, 32), words.nbytes)
+    spread(work, slices(width // 2, 64), words.nbytes)
     return out
 
 
@@ -116,7 +121,7 @@ def take_columns(words: torch.Tensor, perm: torch.Tensor, bits: int) -> torch.Te
     if n % 16 or k % 16 or (loops := _loops(words)) is None:
         return None
     out = empty(words.shape, torch.int32)
-    source, target = words.numpy().view("u8"), out.numpy().view("u4")
+    source, target = words.numpy().view("u8"), out.numpy().view("u8")
     columns = perm.contiguous().numpy()
     run = loops.take4 if bits == 4 else loops.take8
 

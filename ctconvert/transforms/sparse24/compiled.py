@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ctconvert.transforms.compiled import LOOPS
+from ctconvert.transforms import compiled
 from ctconvert.transforms.dtypes import empty
 from ctconvert.transforms.sparse24 import order
 from ctconvert.transforms.sparse24.groups import (
@@ -36,10 +36,19 @@ Kind = Literal["bitmask", "pairs", "back"]
 _WRONG, _CHANGED = 1, 2
 
 
+def _loops(count: int) -> ModuleType | None:
+    """The loops; None where torch shall do these ``count`` bytes."""
+    if compiled.LOOPS.after(count) is None:
+        return None
+    from ctconvert.transforms.sparse24 import loops
+
+    return loops
+
+
 def bitmask_decompress(
     compressed: torch.Tensor, bitmask: torch.Tensor, k: int
 ) -> torch.Tensor | None:
-    loops = LOOPS.after(3 * compressed.nbytes)
+    loops = _loops(3 * compressed.nbytes)
     if loops is None or (k % 8 and bool((bitmask[:, -1] > 0x0F).any())):
         return None
     return _scattered(loops.scatter, compressed, bitmask, "bitmask", k)
@@ -48,7 +57,7 @@ def bitmask_decompress(
 def sm90_decompress(
     values: torch.Tensor, meta: torch.Tensor, n: int, k: int
 ) -> torch.Tensor | None:
-    loops = LOOPS.after(3 * values.nbytes)
+    loops = _loops(3 * values.nbytes)
     if loops is None:
         return None
     nibbles = order.from_kernel_order(meta, values.element_size())
@@ -61,7 +70,7 @@ def settle(
     values: torch.Tensor, codes: torch.Tensor, k: int, kind: Kind
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """``codes`` u8 [N, K/8] by rows, to values and codes; the very same where nothing changes."""
-    loops = LOOPS.after(2 * (values.nbytes + codes.nbytes))
+    loops = _loops(2 * (values.nbytes + codes.nbytes))
     size, n = values.element_size(), values.shape[0]
     bits = 8 * size
     if loops is None or k * size % 16:
@@ -87,7 +96,7 @@ def settle(
 
 
 def to_kernel_order(rows: torch.Tensor, size: int) -> torch.Tensor | None:
-    loops = LOOPS.after(2 * rows.nbytes)
+    loops = _loops(2 * rows.nbytes)
     if loops is None:
         return None
     made = empty(rows.shape, torch.uint8)
@@ -96,7 +105,7 @@ def to_kernel_order(rows: torch.Tensor, size: int) -> torch.Tensor | None:
 
 
 def from_kernel_order(meta: torch.Tensor, size: int) -> torch.Tensor | None:
-    loops = LOOPS.after(2 * meta.nbytes)
+    loops = _loops(2 * meta.nbytes)
     if loops is None:
         return None
     made = empty(meta.shape, torch.uint8)
