@@ -233,8 +233,8 @@ def can_cut(spec: WeightSpec, axis: Axis, some: Range) -> Support:
         return Support("act-order columns (weight_g_idx) cannot be cut along K")
     if spec.storage == "packed" and (first * spec.bits % 32 or share * spec.bits % 32):
         return Support(f"{share} columns a rank do not fill whole words of {spec.bits}-bit codes")
-    if spec.sparse and apart(4):
-        return Support(f"{share} columns a rank cut a 2:4 group")
+    if spec.sparse and apart(8):
+        return Support(f"{share} columns a rank cut a byte of the 2:4 bitmask")
     width = spec.block[1] if spec.strategy == "block" and spec.block else spec.group_size
     if width and apart(width):
         return Support(f"{share} columns a rank cut a scale group of {width}")

@@ -118,7 +118,8 @@ class WeightSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     - ``packed``: i32 [N, words], unsigned codes of ``bits`` bits, K-packed, little-endian,
       ``packing`` being ``dense`` or ``padded`` (they differ only for 3, 5, 6 and 7 bits);
-    - ``plain``: [N, K] in ``element`` (``I8`` signed, ``F8_E4M3``, ``BF16``, ``F16``).
+    - ``plain``: [N, K] in ``element`` (``I8`` signed, ``F8_E4M3``, ``BF16``, ``F16``); where
+      ``sparse``, the two of every four columns that are stored, [N, K/2].
 
     ``scale_shape`` is the logical 2-D shape: [1, 1] per tensor, [N, 1] per channel,
     [N, K/G] grouped, [ceil(N/bn), ceil(K/bk)] block-wise; None where there is no scale.
@@ -192,6 +193,8 @@ class QuantizedWeight:
     """The hub: what every format decodes to and every layout encodes from.
 
     - ``codes``: as ``spec.storage`` says (see :class:`WeightSpec`);
+    - ``pairs``: u8 [N, ceil(K/8)], which columns a 2:4 sparse weight stores, as
+      :mod:`ctconvert.transforms.sparse24` has them; else None;
     - ``scale``: [rows, columns] of ``spec.scale_shape`` in the source's dtype, or None;
     - ``zero_point``: u8 [N, groups], unsigned codes, or None where symmetric;
     - ``g_idx``: i32 [K], the scale group of each column (act-order), or None;
@@ -207,11 +210,13 @@ class QuantizedWeight:
     g_idx: torch.Tensor | None = None
     side: dict[str, torch.Tensor] = field(default_factory=dict)
     power: int | None = None
+    pairs: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the weight by name, for comparison."""
         found: dict[str, Any] = {
             "codes": self.codes,
+            "pairs": self.pairs,
             "scale": self.scale,
             "zero_point": self.zero_point,
             "g_idx": self.g_idx,

@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     import torch
 
 
-_NEGATIVE_ZERO = -(1 << 15)  # the bits of -0.0 in a 16-bit float, as i16
-
-
 class Sparse24Bitmask(Format):
     name = "sparse-24-bitmask"
     weight_name = "compressed"
@@ -98,27 +95,22 @@ class Sparse24Bitmask(Format):
         return names if spec.scale_shape is None else (*names, "weight_scale")
 
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
-        import torch
+        from ctconvert.transforms.sparse24 import pairs_of_bitmask
 
-        from ctconvert.transforms.sparse24 import bitmask_decompress
-
-        codes = bitmask_decompress(tensors["compressed"], tensors["bitmask"], spec.k)
+        codes, pairs = pairs_of_bitmask(tensors["compressed"], tensors["bitmask"], spec.k)
         scale = None
         if spec.scale_shape is not None:
             scale = tensors["weight_scale"].reshape(spec.scale_shape)
             check_scale(scale)
-        if spec.bits == 16:
-            kept = tensors["compressed"].view(torch.int16)  # half as many, and seldom any
-            if bool((kept == _NEGATIVE_ZERO).any()):
-                raw = codes.view(torch.int16)
-                raw.masked_fill_(raw == _NEGATIVE_ZERO, 0)
-        return QuantizedWeight(spec, codes=codes, scale=scale, side=decode_side(tensors, spec))
+        side = decode_side(tensors, spec)
+        return QuantizedWeight(spec, codes=codes, scale=scale, side=side, pairs=pairs)
 
     def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        from ctconvert.transforms.sparse24 import bitmask_compress, bitmask_of
+        from ctconvert.transforms.sparse24 import bitmask_of_pairs
 
-        bitmask = bitmask_of(weight.codes)
-        made = {"compressed": bitmask_compress(weight.codes, bitmask), "bitmask": bitmask}
+        assert weight.pairs is not None
+        compressed, bitmask = bitmask_of_pairs(weight.codes, weight.pairs, weight.spec.k)
+        made = {"compressed": compressed, "bitmask": bitmask}
         if weight.scale is not None:
             made["weight_scale"] = weight.scale
         return made

@@ -1,8 +1,9 @@
 """``cutlass-sparse24``: 2:4 sparse weights as CUTLASS 3.x kernels for SM90 read them.
 
-Before (logical weight, dense N x K, at most two nonzeros in every four columns)::
+Before (logical weight, N x K, at most two nonzeros in every four columns)::
 
-    codes  f16, bf16, i8 or f8_e4m3 [N, K]
+    codes  f16, bf16, i8 or f8_e4m3 [N, K/2]
+    pairs  u8 [N, ceil(K/8)]
     scale  [N, 1], or none (sparse-only)
 
 After::
@@ -84,20 +85,22 @@ class CutlassSparse24(Layout):
     def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         import torch
 
-        from ctconvert.transforms.sparse24 import sm90_compress
+        from ctconvert.transforms.sparse24 import sm90_meta
 
-        values, meta = sm90_compress(weight.codes)
-        made = {"weight": values, "meta": meta}
+        values, pairs = weight.codes, weight.pairs
+        assert pairs is not None
+        made = {"weight": values.contiguous(), "meta": sm90_meta(values, pairs, weight.spec.k)}
         if weight.scale is None:
             return made | {name: torch.ones(1, device=values.device) for name in _ONES}
         return made | {"weight_scale": weight.scale.to(torch.float32)} | encode_side(weight)
 
     def decode(self, tensors: Mapping[str, torch.Tensor], spec: WeightSpec) -> QuantizedWeight:
         from ctconvert.transforms.dtypes import torch_dtype
-        from ctconvert.transforms.sparse24 import sm90_decompress
+        from ctconvert.transforms.sparse24 import pairs_of_sm90
 
-        codes = sm90_decompress(tensors["weight"], tensors["meta"], spec.n, spec.k)
+        codes, pairs = pairs_of_sm90(tensors["weight"], tensors["meta"], spec.n, spec.k)
         scale = None
         if spec.scale_dtype is not None:
             scale = tensors["weight_scale"].to(torch_dtype(spec.scale_dtype))
-        return QuantizedWeight(spec, codes=codes, scale=scale, side=decode_side(tensors, spec))
+        side = decode_side(tensors, spec)
+        return QuantizedWeight(spec, codes=codes, scale=scale, side=side, pairs=pairs)

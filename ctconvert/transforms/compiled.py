@@ -3,9 +3,8 @@
 ``pip install 'ctconvert[fast]'``. The bits are those of the torch paths, which are the reference,
 and which run where Numba is not there or too little is to be done.
 
-GB/s (in + out) of one busy core, best of five, compiled beside torch, N x K = 14336 x 4096; chosen
-over torch's operations, each of which goes through memory again: int4 K -> N 3.7 beside 1.7, int8
-K -> N 3.7 beside 1.4, int4 to Marlin's tiles 5.8 beside 2.0, back 5.7 beside 2.0.
+They were chosen over torch's operations, each of which goes through memory again; ``bench_cpu.py``
+times both.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ WORTH = 512 << 20
 
 
 class _Loops:
-    """The compiled loops, once enough was asked of them."""
+    """The compiled loops, once :attr:`least` bytes were asked of them."""
 
     def __init__(self) -> None:
+        self.least = WORTH
         self._lock = threading.Lock()
         self._seen = 0
         self._found: ModuleType | None = None
@@ -38,7 +38,9 @@ class _Loops:
         """The loops; None where torch shall do these ``count`` bytes."""
         with self._lock:
             self._seen += count
-            if self._seen >= WORTH and not self._looked:
+            if self._seen < self.least:
+                return None
+            if not self._looked:
                 self._looked = True
                 try:
                     self._found = importlib.import_module("ctconvert.transforms.loops")
@@ -61,31 +63,38 @@ def transpose(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor | No
     """``packed.cpu.transpose``; None where the torch path shall do it."""
     rows, width = words.shape
     f = 32 // bits
-    if bits not in (4, 8) or rows % f or width % 2 or columns != width * f or not rows * width:
+    if (
+        bits not in (4, 8)
+        or rows % (2 * f)
+        or width % 2
+        or columns != width * f
+        or not words.numel()
+    ):
         return None
     if (loops := _loops(words)) is None:
         return None
     out = empty((columns, rows // f), torch.int32)
-    source, target = words.numpy().view("u8"), out.numpy().view("u4")
+    source, target = words.numpy().view("u8"), out.numpy().view("u8")
     run = loops.transpose4 if bits == 4 else loops.transpose8
 
     def work(share: Sequence[slice]) -> None:
         run(source, target, share[0].start, share[-1].stop)
 
-    spread(work, slices(width // 2, 32), words.nbytes)
+    spread(work, slices(width // 2, 64), words.nbytes)
     return out
 
 
 def pack_tiles(units: torch.Tensor, bits: int) -> torch.Tensor | None:
     """``marlin.cpu.pack_tiles``; None where the torch path shall do it."""
-    if bits != 4 or (loops := _loops(units)) is None:
+    if (loops := _loops(units)) is None:
         return None
-    n, width = units.shape
-    tiles = empty((width, 2 * n), torch.int32)
+    n, k = units.shape[0], units.shape[1] * 64 // bits
+    tiles = empty((k // 16, n * bits // 2), torch.int32)
     source, target = units.numpy().view("u8"), tiles.numpy().view("u8")
+    run = loops.pack_tiles4 if bits == 4 else loops.pack_tiles8
 
     def work(share: Sequence[slice]) -> None:
-        loops.pack_tiles4(source, target, share[0].start, share[-1].stop)
+        run(source, target, share[0].start, share[-1].stop)
 
     spread(work, slices(n // 64, 1), units.nbytes)
     return tiles
@@ -93,13 +102,31 @@ def pack_tiles(units: torch.Tensor, bits: int) -> torch.Tensor | None:
 
 def unpack_tiles(units: torch.Tensor, bits: int, n: int, k: int) -> torch.Tensor | None:
     """``marlin.cpu.unpack_tiles``; None where the torch path shall do it."""
-    if bits != 4 or (loops := _loops(units)) is None:
+    if (loops := _loops(units)) is None:
         return None
-    words = empty((n, k // 8), torch.int32)
+    words = empty((n, k * bits // 32), torch.int32)
     source, target = units.numpy().view("u8"), words.numpy().view("u8")
+    run = loops.unpack_tiles4 if bits == 4 else loops.unpack_tiles8
 
     def work(share: Sequence[slice]) -> None:
-        loops.unpack_tiles4(source, target, share[0].start, share[-1].stop)
+        run(source, target, share[0].start, share[-1].stop)
 
     spread(work, slices(n // 64, 1), units.nbytes)
     return words
+
+
+def take_columns(words: torch.Tensor, perm: torch.Tensor, bits: int) -> torch.Tensor | None:
+    """``marlin.cpu.take_columns``; None where the torch path shall do it."""
+    n, k = words.shape[0], perm.shape[0]
+    if n % 16 or k % 16 or (loops := _loops(words)) is None:
+        return None
+    out = empty(words.shape, torch.int32)
+    source, target = words.numpy().view("u8"), out.numpy().view("u8")
+    columns = perm.contiguous().numpy()
+    run = loops.take4 if bits == 4 else loops.take8
+
+    def work(share: Sequence[slice]) -> None:
+        run(source, columns, target, share[0].start, share[-1].stop)
+
+    spread(work, slices(n, 64), words.nbytes)
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -44,6 +45,7 @@ def expand(weight: QuantizedWeight) -> QuantizedWeight:
         zero_point=per_channel(weight.zero_point),
         g_idx=weight.g_idx,
         side=weight.side,
+        pairs=weight.pairs,
     )
 
 
@@ -64,6 +66,7 @@ def collapse(weight: QuantizedWeight, spec: WeightSpec) -> QuantizedWeight:
         zero_point=zero_point,
         g_idx=weight.g_idx,
         side=weight.side,
+        pairs=weight.pairs,
     )
 
 
@@ -89,6 +92,7 @@ def join_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
         zero_point=_cat([weight.zero_point for weight in weights], 0),
         g_idx=first.g_idx,
         side=first.side,
+        pairs=_cat([weight.pairs for weight in weights], 0),
     )
 
 
@@ -121,6 +125,7 @@ def join_columns(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
         zero_point=groups([weight.zero_point for weight in weights], "zero point"),
         g_idx=first.g_idx,
         side=first.side,
+        pairs=_cat([weight.pairs for weight in weights], 1),
     )
 
 
@@ -143,6 +148,7 @@ def rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
         zero_point=some(weight.zero_point),
         g_idx=weight.g_idx,
         side=weight.side,
+        pairs=None if weight.pairs is None else weight.pairs[start:stop],
     )
 
 
@@ -163,6 +169,10 @@ def columns(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
     first, last = start, stop
     if spec.storage == "packed":
         first, last = start * spec.bits // 32, -(-stop * spec.bits // 32)
+    pairs = None
+    if weight.pairs is not None:
+        first, last = start // 2, stop // 2
+        pairs = weight.pairs[:, start // 8 : -(-stop // 8)].contiguous()
     scale = some(weight.scale)
     return QuantizedWeight(
         _with_shape(spec, spec.n, stop - start, scale),
@@ -171,12 +181,21 @@ def columns(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
         zero_point=some(weight.zero_point),
         g_idx=weight.g_idx,
         side=weight.side,
+        pairs=pairs,
     )
 
 
 def _zero_code(spec: WeightSpec) -> int:
-    """Code 0 as the codes hold it: the lowest of signed integers."""
-    return -(1 << (spec.bits - 1)) if spec.storage == "plain" and spec.kind == "int" else 0
+    """Code 0 as the codes hold it: the lowest of signed integers, 2:4 ones apart."""
+    signed = spec.storage == "plain" and spec.kind == "int" and not spec.sparse
+    return -(1 << (spec.bits - 1)) if signed else 0
+
+
+def _code_columns(spec: WeightSpec) -> int:
+    """Columns of the codes."""
+    if spec.storage == "packed":
+        return -(-spec.k // spec.codes_per_word)
+    return spec.k // 2 if spec.sparse else spec.k
 
 
 def pad(weight: QuantizedWeight, spec: WeightSpec) -> QuantizedWeight:
@@ -191,7 +210,10 @@ def pad(weight: QuantizedWeight, spec: WeightSpec) -> QuantizedWeight:
     elif old.storage == "packed":
         codes = pad_words(weight.codes, old.bits, old.n, old.k, spec.n, spec.k, fill_code=0)
     else:
-        codes = _framed(weight.codes, spec.n, spec.k, _zero_code(old))
+        codes = _framed(weight.codes, spec.n, _code_columns(spec), _zero_code(old))
+    pairs = weight.pairs
+    if pairs is not None:
+        pairs = _framed(pairs, spec.n, -(-spec.k // 8), 0)
 
     def groups(values: torch.Tensor | None) -> torch.Tensor | None:
         if values is None:
@@ -206,6 +228,7 @@ def pad(weight: QuantizedWeight, spec: WeightSpec) -> QuantizedWeight:
         zero_point=groups(weight.zero_point),
         g_idx=weight.g_idx,
         side=weight.side,
+        pairs=pairs,
     )
 
 
@@ -222,9 +245,6 @@ def strip(weight: QuantizedWeight, spec: WeightSpec) -> QuantizedWeight:
     Raises:
         ValueError: what was added is not what :func:`pad` adds.
     """
-    words = spec.k
-    if spec.storage == "packed":
-        words = -(-spec.k // spec.codes_per_word)
     fill = _zero_code(spec)
 
     def cut(values: torch.Tensor | None, n: int, k: int, fill: int, what: str) -> torch.Tensor:
@@ -236,7 +256,9 @@ def strip(weight: QuantizedWeight, spec: WeightSpec) -> QuantizedWeight:
                 raise ValueError(f"the padding of {what} is not 0")
         return values[:n, :k].contiguous()
 
-    scale = zero_point = None
+    scale = zero_point = pairs = None
+    if weight.pairs is not None:
+        pairs = cut(weight.pairs, spec.n, -(-spec.k // 8), 0, "the pairs")
     if spec.scale_shape is not None:
         scale = cut(weight.scale, *spec.scale_shape, 0, "the scales")
     if weight.zero_point is not None:
@@ -244,9 +266,20 @@ def strip(weight: QuantizedWeight, spec: WeightSpec) -> QuantizedWeight:
         zero_point = cut(weight.zero_point, *spec.scale_shape, 0, "the zero points")
     return QuantizedWeight(
         spec,
-        codes=cut(weight.codes, spec.n, words, fill, "the codes"),
+        codes=cut(weight.codes, spec.n, _code_columns(spec), fill, "the codes"),
         scale=scale,
         zero_point=zero_point,
         g_idx=weight.g_idx,
         side=weight.side,
+        pairs=pairs,
     )
+
+
+def with_zeros(weight: QuantizedWeight) -> QuantizedWeight:
+    """A 2:4 sparse weight with all of its columns among its codes, [N, K]; another as it is."""
+    from ctconvert.transforms.sparse24 import dense_of_pairs
+
+    if weight.pairs is None:
+        return weight
+    codes = dense_of_pairs(weight.codes, weight.pairs, weight.spec.k)
+    return dataclasses.replace(weight, codes=codes, pairs=None)

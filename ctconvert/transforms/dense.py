@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ctconvert.specs import QuantizedWeight
+from ctconvert.transforms.cuts import with_zeros
 from ctconvert.transforms.packed import unpack
 
 #: E2M1 values by code; bit 3 is the sign (OCP Microscaling Formats specification 1.0).
@@ -33,7 +34,7 @@ def dense_weight(weight: QuantizedWeight) -> torch.Tensor:
     if spec.storage == "packed":
         values = unpack(weight.codes, spec.bits, spec.k, spec.packing).float() - offset
     else:
-        values = weight.codes.float()
+        values = with_zeros(weight).codes.float()
     if weight.scale is None:
         return values
     columns = torch.arange(spec.k, device=values.device)

@@ -1,17 +1,70 @@
-"""Loops that Numba compiles, for :mod:`ctconvert.transforms.compiled`; nothing else imports this.
+"""Loops that Numba compiles, for :mod:`ctconvert.transforms.compiled`, and how they are kept.
 
 Each takes C-contiguous arrays and the range of the work that it does, so that threads can share it.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+import pickle
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numba import config, njit
+from numba.core.caching import FunctionCache
 
 if config.DISABLE_JIT:
     raise ImportError("Numba is told not to compile")
 
 U = np.uint64
+
+
+#: What reading a damaged cache raises: pickles, and what is looked for in what they hold.
+_DAMAGE = (
+    *(pickle.UnpicklingError, EOFError, LookupError, AttributeError, ImportError, MemoryError),
+    *(ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError, OSError),
+)
+
+
+class _Kept(FunctionCache):
+    """Numba's cache of a loop; where it is damaged or cannot be written, the loop is compiled."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except _DAMAGE as error:
+            _tell(type(error).__name__)
+        try:
+            self.flush()
+        except OSError:
+            self.disable()
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError:
+            self.disable()
+
+
+@functools.cache
+def _tell(what: str) -> None:
+    logging.getLogger("ctconvert").warning(
+        "the compiled loops that Numba keeps are damaged (%s): they are compiled anew", what
+    )
+
+
+def loop(function: Callable[..., Any]) -> Any:
+    """Compiled at its first call, and kept in Numba's cache.
+
+    Raises:
+        RuntimeError: there is no place for the cache.
+    """
+    made = njit(nogil=True)(function)
+    made._cache = _Kept(function)  # as njit(cache=True) has it
+    return made
 
 
 @njit(inline="always")
@@ -21,22 +74,38 @@ def _swap(low, high, shift, mask):
     return low ^ (swap << shift), high ^ swap
 
 
-@njit(nogil=True, cache=True)
-def transpose4(source, target, first, last):
-    """u64 [R, W/2], R % 8 == 0, to u32 [8*W, R/8]: int4 codes, columns ``first`` to ``last``.
+#: Words of a source row that are transposed together.
+_RUN = 256
 
-    Blocks of 128 rows by 64 words: eight rows are transposed as 8 x 8 codes in every word, words
-    side by side, into a block in the L1 cache, of which the words are transposed then.
+
+@njit(inline="always")
+def _join_halves(block, size, height, count):
+    """Of every two groups of ``size`` rows: the low halves of the words together, and the high."""
+    for pair in range(height // 2):
+        for code in range(size):
+            line = pair * 2 * size + code
+            for w in range(count):
+                low, high = _swap(block[line, w], block[line + size, w], U(32), U(0xFFFFFFFF))
+                block[line, w] = low
+                block[line + size, w] = high
+
+
+@loop
+def transpose4(source, target, first, last):
+    """u64 [R, W], R % 16 == 0, to u64 [16*W, R/16]: int4 codes, columns ``first`` to ``last``.
+
+    Eight rows are transposed as 8 x 8 codes in every half of a word, the halves of two such groups
+    joined, words side by side, into a block in the L2 cache, of which the words are transposed
+    then. Long runs of a source row matter more than a block in the L1 cache.
     """
     groups = source.shape[0] // 8
-    block = np.empty((128, 32), np.uint64)
-    words = block.view(np.uint32)
-    for begin in range(first, last, 32):
-        count = min(32, last - begin)
+    block = np.empty((128, _RUN + 1), np.uint64)  # rows a power of two apart share cache sets
+    for begin in range(first, last, _RUN):
+        count = min(_RUN, last - begin)
         for start in range(0, groups, 16):
             height = min(16, groups - start)
             for group in range(height):
-                row = (start + group) * 8
+                row, line = (start + group) * 8, group * 8
                 for w in range(count):
                     a = source[row, begin + w]
                     b = source[row + 1, begin + w]
@@ -58,7 +127,6 @@ def transpose4(source, target, first, last):
                     c, d = _swap(c, d, U(4), U(0x0F0F0F0F0F0F0F0F))
                     e, f = _swap(e, f, U(4), U(0x0F0F0F0F0F0F0F0F))
                     g, h = _swap(g, h, U(4), U(0x0F0F0F0F0F0F0F0F))
-                    line = group * 8
                     block[line, w] = a
                     block[line + 1, w] = b
                     block[line + 2, w] = c
@@ -67,29 +135,29 @@ def transpose4(source, target, first, last):
                     block[line + 5, w] = f
                     block[line + 6, w] = g
                     block[line + 7, w] = h
-            for w in range(2 * count):
-                for code in range(8):
-                    row = (2 * begin + w) * 8 + code
+            _join_halves(block, 8, height, count)
+            for w in range(count):
+                for code in range(16):
+                    out = target[(begin + w) * 16 + code]
                     if height == 16:
-                        for group in range(16):
-                            target[row, start + group] = words[group * 8 + code, w]
+                        for pair in range(8):
+                            out[start // 2 + pair] = block[pair * 16 + code, w]
                     else:
-                        for group in range(height):
-                            target[row, start + group] = words[group * 8 + code, w]
+                        for pair in range(height // 2):
+                            out[start // 2 + pair] = block[pair * 16 + code, w]
 
 
-@njit(nogil=True, cache=True)
+@loop
 def transpose8(source, target, first, last):
-    """u64 [R, W/2], R % 4 == 0, to u32 [4*W, R/4]: as :func:`transpose4`, of 8-bit codes."""
+    """u64 [R, W], R % 8 == 0, to u64 [8*W, R/8]: as :func:`transpose4`, of 8-bit codes."""
     groups = source.shape[0] // 4
-    block = np.empty((64, 32), np.uint64)
-    words = block.view(np.uint32)
-    for begin in range(first, last, 32):
-        count = min(32, last - begin)
+    block = np.empty((64, _RUN + 1), np.uint64)  # rows a power of two apart share cache sets
+    for begin in range(first, last, _RUN):
+        count = min(_RUN, last - begin)
         for start in range(0, groups, 16):
             height = min(16, groups - start)
             for group in range(height):
-                row = (start + group) * 4
+                row, line = (start + group) * 4, group * 4
                 for w in range(count):
                     a = source[row, begin + w]
                     b = source[row + 1, begin + w]
@@ -99,33 +167,33 @@ def transpose8(source, target, first, last):
                     b, d = _swap(b, d, U(16), U(0x0000FFFF0000FFFF))
                     a, b = _swap(a, b, U(8), U(0x00FF00FF00FF00FF))
                     c, d = _swap(c, d, U(8), U(0x00FF00FF00FF00FF))
-                    line = group * 4
                     block[line, w] = a
                     block[line + 1, w] = b
                     block[line + 2, w] = c
                     block[line + 3, w] = d
-            for w in range(2 * count):
-                for code in range(4):
-                    row = (2 * begin + w) * 4 + code
+            _join_halves(block, 4, height, count)
+            for w in range(count):
+                for code in range(8):
+                    out = target[(begin + w) * 8 + code]
                     if height == 16:
-                        for group in range(16):
-                            target[row, start + group] = words[group * 4 + code, w]
+                        for pair in range(8):
+                            out[start // 2 + pair] = block[pair * 8 + code, w]
                     else:
-                        for group in range(height):
-                            target[row, start + group] = words[group * 4 + code, w]
+                        for pair in range(height // 2):
+                            out[start // 2 + pair] = block[pair * 8 + code, w]
 
 
 # ``marlin.cpu._Block`` describes the steps; a unit of a run is a, k2, k1, j1 with 4 bits.
 
 
-@njit(nogil=True, cache=True)
+@loop
 def pack_tiles4(units, tiles, first, last):
     """u64 [N, K/16] to u64 [K/16, N]: runs of 64 rows, ``first`` to ``last``."""
     count = units.shape[1]
-    block = np.empty((64, 32), np.uint64)
+    block = np.empty((64, 129), np.uint64)
     for run in range(first, last):
-        for begin in range(0, count, 32):
-            width = min(32, count - begin)
+        for begin in range(0, count, 128):
+            width = min(128, count - begin)
             for j in range(2):
                 for a in range(8):
                     row = run * 64 + j * 32 + a
@@ -152,14 +220,14 @@ def pack_tiles4(units, tiles, first, last):
                     tiles[begin + t, run * 64 + unit] = block[unit, t]
 
 
-@njit(nogil=True, cache=True)
+@loop
 def unpack_tiles4(tiles, units, first, last):
     """The inverse of :func:`pack_tiles4`."""
     count = units.shape[1]
-    block = np.empty((64, 32), np.uint64)
+    block = np.empty((64, 129), np.uint64)
     for run in range(first, last):
-        for begin in range(0, count, 32):
-            width = min(32, count - begin)
+        for begin in range(0, count, 128):
+            width = min(128, count - begin)
             for t in range(width):
                 for unit in range(64):
                     block[unit, t] = tiles[begin + t, run * 64 + unit]
@@ -186,66 +254,98 @@ def unpack_tiles4(tiles, units, first, last):
                         units[row + 24, begin + t] = s
 
 
-# 2:4 sparse weights: a group of four elements is a word of u64 (16-bit elements) or u32 (8-bit),
-# its two kept values, lower column first, half a word.
+@loop
+def pack_tiles8(units, tiles, first, last):
+    """u64 [N, K/8] to u64 [K/16, 2*N]: as :func:`pack_tiles4`, a unit being a, k2, k1, j."""
+    count = units.shape[1] // 2
+    block = np.empty((128, 65), np.uint64)
+    for run in range(first, last):
+        for begin in range(0, count, 64):
+            width = min(64, count - begin)
+            for j in range(4):
+                for a in range(8):
+                    row = run * 64 + j * 16 + a
+                    place = a * 16 + j
+                    for t in range(width):
+                        p = units[row, 2 * (begin + t)]
+                        q = units[row, 2 * (begin + t) + 1]
+                        r = units[row + 8, 2 * (begin + t)]
+                        s = units[row + 8, 2 * (begin + t) + 1]
+                        p, r = _swap(p, r, U(32), U(0x00000000FFFFFFFF))
+                        q, s = _swap(q, s, U(32), U(0x00000000FFFFFFFF))
+                        p, q = _swap(p, q, U(8), U(0x00FF00FF00FF00FF))
+                        r, s = _swap(r, s, U(8), U(0x00FF00FF00FF00FF))
+                        p, q = _swap(p, q, U(16), U(0x0000FFFF0000FFFF))
+                        r, s = _swap(r, s, U(16), U(0x0000FFFF0000FFFF))
+                        block[place, t] = p
+                        block[place + 4, t] = q
+                        block[place + 8, t] = r
+                        block[place + 12, t] = s
+            for t in range(width):
+                for unit in range(128):
+                    tiles[begin + t, run * 128 + unit] = block[unit, t]
 
 
-@njit(nogil=True, cache=True)
-def scatter(pairs, nibbles, shifts, bits, groups, first, last):
-    """Groups [N, K/4] of pairs [N, K/4] and nibbles u8 [N, >= K/8], rows ``first`` to ``last``.
+@loop
+def unpack_tiles8(tiles, units, first, last):
+    """The inverse of :func:`pack_tiles8`."""
+    count = units.shape[1] // 2
+    block = np.empty((128, 65), np.uint64)
+    for run in range(first, last):
+        for begin in range(0, count, 64):
+            width = min(64, count - begin)
+            for t in range(width):
+                for unit in range(128):
+                    block[unit, t] = tiles[begin + t, run * 128 + unit]
+            for j in range(4):
+                for a in range(8):
+                    row = run * 64 + j * 16 + a
+                    place = a * 16 + j
+                    for t in range(width):
+                        p = block[place, t]
+                        q = block[place + 4, t]
+                        r = block[place + 8, t]
+                        s = block[place + 12, t]
+                        p, q = _swap(p, q, U(16), U(0x0000FFFF0000FFFF))
+                        r, s = _swap(r, s, U(16), U(0x0000FFFF0000FFFF))
+                        p, q = _swap(p, q, U(8), U(0x00FF00FF00FF00FF))
+                        r, s = _swap(r, s, U(8), U(0x00FF00FF00FF00FF))
+                        p, r = _swap(p, r, U(32), U(0x00000000FFFFFFFF))
+                        q, s = _swap(q, s, U(32), U(0x00000000FFFFFFFF))
+                        units[row, 2 * (begin + t)] = p
+                        units[row, 2 * (begin + t) + 1] = q
+                        units[row + 8, 2 * (begin + t)] = r
+                        units[row + 8, 2 * (begin + t) + 1] = s
 
-    ``shifts`` u64 [16, 3] has for each nibble where the two values go in the word, and 1 where they
-    are none and must be 0, 2 where the nibble is wrong. False where one is wrong.
+
+@loop
+def take4(source, columns, target, first, last):
+    """Columns of u64 [N, K/16], N % 16 == 0, into the same: int4 codes, rows ``first`` to ``last``.
+
+    The rows of a block in the cache are transposed, so that a column's codes move together.
     """
-    low = (U(1) << bits) - U(1)
-    wrong = U(0)
-    for row in range(first, last):
-        for g in range(groups.shape[1]):
-            nibble = (nibbles[row, g >> 1] >> ((g & 1) * 4)) & 15
-            pair = U(pairs[row, g])
-            state = shifts[nibble, 2]
-            wrong |= (state & U(2)) | ((U(0) - (state & U(1))) & pair)
-            word = ((pair & low) << shifts[nibble, 0]) | ((pair >> bits) << shifts[nibble, 1])
-            groups[row, g] = word
-    return wrong == U(0)
+    k = len(columns)
+    for begin in range(first, last, 128):
+        rows = min(128, last - begin)
+        turned = np.empty((k, rows // 16), np.uint64)
+        moved = np.empty((k, rows // 16), np.uint64)
+        transpose4(source[begin : begin + rows], turned, 0, source.shape[1])
+        for column in range(k):
+            for word in range(rows // 16):
+                moved[column, word] = turned[columns[column], word]
+        transpose4(moved, target[begin : begin + rows], 0, rows // 16)
 
 
-@njit(inline="always")
-def _gathered(word, table, bits, low, signs, factor, shift):
-    """The kept values of a group, and its nibble."""
-    top = (((word & low) + low) | (word & signs)) & ~low
-    word &= top | low
-    pattern = ((top * factor) >> shift) & U(15)
-    mask = (U(1) << bits) - U(1)
-    first = (word >> table[pattern, 0]) & mask
-    second = (word >> table[pattern, 1]) & mask
-    return first | (second << bits), table[pattern, 2]
-
-
-@njit(nogil=True, cache=True)
-def gather(groups, table, bits, low, signs, factor, pairs, nibbles, first, last):
-    """The inverse, by what is not 0: pairs [N, K/4] and nibbles u8 [N, >= K/8] of groups [N, K/4].
-
-    ``table`` u64 [16, 3] has for each pattern of nonzeros the shifts of the two kept values and the
-    nibble, 16 where there are more than two. ``low`` are all bits of the elements but the highest;
-    ``signs`` those that alone make an element nonzero, else it becomes 0; ``factor`` brings the
-    highest bits together. False where a group has more than two nonzeros.
-    """
-    shift = U(4) * bits - U(4)
-    wrong = U(0)
-    count = groups.shape[1]
-    for row in range(first, last):
-        source, target, codes = groups[row], pairs[row], nibbles[row]
-        for c in range(count >> 1):
-            pair, low_nibble = _gathered(U(source[2 * c]), table, bits, low, signs, factor, shift)
-            target[2 * c] = pair
-            pair, nibble = _gathered(U(source[2 * c + 1]), table, bits, low, signs, factor, shift)
-            target[2 * c + 1] = pair
-            wrong |= low_nibble | nibble
-            codes[c] = (low_nibble & U(15)) | ((nibble & U(15)) << U(4))
-        if count & 1:
-            pair, nibble = _gathered(U(source[count - 1]), table, bits, low, signs, factor, shift)
-            target[count - 1] = pair
-            wrong |= nibble
-            codes[count >> 1] = nibble & U(15)
-    return (wrong & U(16)) == U(0)
+@loop
+def take8(source, columns, target, first, last):
+    """Columns of u64 [N, K/8], N % 8 == 0, into the same: as :func:`take4`, of 8-bit codes."""
+    k = len(columns)
+    for begin in range(first, last, 64):
+        rows = min(64, last - begin)
+        turned = np.empty((k, rows // 8), np.uint64)
+        moved = np.empty((k, rows // 8), np.uint64)
+        transpose8(source[begin : begin + rows], turned, 0, source.shape[1])
+        for column in range(k):
+            for word in range(rows // 8):
+                moved[column, word] = turned[columns[column], word]
+        transpose8(moved, target[begin : begin + rows], 0, rows // 8)

@@ -173,7 +173,7 @@ def difference(a: QuantizedWeight, b: QuantizedWeight) -> Difference | None:
         left, right = getattr(a.spec, what), getattr(b.spec, what)
         if left != right:
             return Difference(module="", what=what, first=f"{left} and {right}")
-    a, b = cuts.expand(a), cuts.expand(b)
+    a, b = (cuts.expand(cuts.with_zeros(weight)) for weight in (a, b))
     mine, theirs = a.tensors(), b.tensors()
     for what in dict.fromkeys([*mine, *theirs]):
         if what not in mine or what not in theirs:

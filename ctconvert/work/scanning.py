@@ -17,6 +17,7 @@ from ctconvert.planning.memory import item_bytes
 from ctconvert.progress import Progress
 from ctconvert.records import Convert, Finding, Options, SourceModule
 from ctconvert.specs import QuantizedWeight, TensorSpec
+from ctconvert.transforms.cuts import with_zeros
 from ctconvert.work.differing import codes_of
 from ctconvert.work.executors import Executor
 from ctconvert.work.jobs import Context, Done, Job
@@ -151,7 +152,7 @@ def _has_zero(dtype: torch.dtype) -> bool:
 
 def _channels(weight: QuantizedWeight) -> Iterator[tuple[int, int]]:
     """How many rows are 0 throughout, and how many others have one code throughout."""
-    spec = weight.spec
+    spec, weight = weight.spec, with_zeros(weight)
     step = max(1, _BLOCK // spec.k)
     for first in range(0, spec.n, step):
         codes = codes_of(spec, weight.codes[first : first + step])

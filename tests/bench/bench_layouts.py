@@ -21,6 +21,7 @@ from ctconvert.layouts import LAYOUTS
 from ctconvert.specs import QuantizedWeight, WeightSpec
 from ctconvert.transforms.device import synchronize
 from ctconvert.transforms.dtypes import same_bits
+from ctconvert.transforms.sparse24 import pairs_of_sm90, sm90_compress
 
 FP8 = {"format": "bench", "kind": "float", "bits": 8, "storage": "plain", "element": "F8_E4M3"}
 INT = {"format": "bench", "kind": "int", "storage": "packed"}
@@ -109,12 +110,17 @@ def weights(n: int, k: int) -> Iterator[tuple[str, QuantizedWeight]]:
     sparse = {"family": "sparse24", "sparse": True, "strategy": "channel", "input_type": "F8_E4M3"}
     weight = floats(n, k, **sparse)
     weight.codes.view(torch.uint8).view(-1, 4)[:, ::2] = 0
+    values, meta = sm90_compress(weight.codes)
+    weight.codes, weight.pairs = pairs_of_sm90(values, meta, n, k)
     yield "cutlass-sparse24", weight
+
+
+_PARTS = ("codes", "pairs", "scale", "zero_point", "g_idx")
 
 
 def moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
     found = {name: tensor.to(device) for name, tensor in weight.tensors().items()}
-    known = {name: found.pop(name, None) for name in ("codes", "scale", "zero_point", "g_idx")}
+    known = {name: found.pop(name, None) for name in _PARTS}
     assert known["codes"] is not None
     return QuantizedWeight(weight.spec, **known, side=found)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,14 +18,14 @@ from ctconvert.transforms.marlin import cpu as tiles
 from ctconvert.transforms.packed import cpu as words
 from ctconvert.transforms.sparse24 import compiled as sparse_loops
 from ctconvert.transforms.sparse24 import cpu as sparse_torch
+from ctconvert.transforms.sparse24 import order
 
 
 @pytest.fixture
 def loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled from the first byte on."""
     pytest.importorskip("numba")
-    monkeypatch.setattr(compiled, "WORTH", 0)
-    monkeypatch.setattr(compiled, "LOOPS", compiled._Loops())
+    monkeypatch.setattr(compiled.LOOPS, "least", 0)
 
 
 def random(n: int, width: int) -> torch.Tensor:
@@ -31,7 +34,7 @@ def random(n: int, width: int) -> torch.Tensor:
 
 
 # blocks that are whole, cut along either side, and smaller than one
-SHAPES = [(8, 16), (64, 128), (72, 1040), (192, 48), (328, 272)]
+SHAPES = [(16, 16), (64, 128), (80, 4368), (192, 48), (336, 272)]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -46,26 +49,51 @@ def test_transposed(
     assert torch.equal(packed.transpose_packed(source, bits), want)
 
 
-@pytest.mark.parametrize(("n", "k"), [(64, 16), (128, 528), (320, 1040)])
-def test_tiles_there_and_back(loops: None, monkeypatch: pytest.MonkeyPatch, n: int, k: int) -> None:
-    source = random(n, k // 8)
-    want = tiles.pack_tiles(source.view(torch.int64), 4)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k"), [(64, 16), (128, 2576), (320, 1040)])
+def test_tiles_there_and_back(
+    loops: None, monkeypatch: pytest.MonkeyPatch, n: int, k: int, bits: int
+) -> None:
+    source = random(n, k * bits // 32)
+    want = tiles.pack_tiles(source.view(torch.int64), bits)
     monkeypatch.setattr(compiled, "empty", _poisoned)
     monkeypatch.setattr(tiles, "pack_tiles", None)
     monkeypatch.setattr(tiles, "unpack_tiles", None)
-    assert torch.equal(marlin.marlin_pack(source, 4), want)
-    assert torch.equal(marlin.marlin_unpack(want, 4, n, k), source)
+    assert torch.equal(marlin.marlin_pack(source, bits), want)
+    assert torch.equal(marlin.marlin_unpack(want, bits, n, k), source)
 
 
-def test_shared_among_threads(loops: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = random(448, 272)
-    transposed, packed_tiles = words.transpose(source, 4, 2176), marlin.marlin_pack(source, 4)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (48, 1040), (208, 272)])
+def test_columns_in_another_order(
+    loops: None, monkeypatch: pytest.MonkeyPatch, n: int, k: int, bits: int
+) -> None:
+    source = random(n, k * bits // 32)
+    g_idx = torch.randint(0, 5, (k,), generator=torch.Generator().manual_seed(n)).int()
+    perm = torch.argsort(g_idx, stable=True).int()
+    want = tiles.take_columns(source, perm, bits)
+    codes = packed.unpack(source, bits, k)
+    assert torch.equal(packed.unpack(want, bits, k), codes[:, perm.long()])
+    monkeypatch.setattr(compiled, "empty", _poisoned)
+    monkeypatch.setattr(tiles, "take_columns", None)
+    found, order = marlin.sort_columns(source, g_idx, bits)
+    assert torch.equal(found, want) and torch.equal(order, perm)
+    assert torch.equal(marlin.unsort_columns(want, perm, bits), source)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_shared_among_threads(loops: None, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    n, k = 448, 2176
+    source, perm = random(n, k * bits // 32), torch.arange(k - 1, -1, -1).int()
+    transposed, turned = words.transpose(source, bits, k), tiles.take_columns(source, perm, bits)
+    packed_tiles = marlin.marlin_pack(source, bits)
     monkeypatch.setattr(threads, "THREADED_BYTES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(compiled, "empty", _poisoned)
-    assert torch.equal(packed.transpose_packed(source, 4), transposed)
-    assert torch.equal(marlin.marlin_pack(source, 4), packed_tiles)
-    assert torch.equal(marlin.marlin_unpack(packed_tiles, 4, 448, 2176), source)
+    assert torch.equal(packed.transpose_packed(source, bits), transposed)
+    assert torch.equal(marlin.marlin_pack(source, bits), packed_tiles)
+    assert torch.equal(marlin.marlin_unpack(packed_tiles, bits, n, k), source)
+    assert torch.equal(marlin.unsort_columns(source, perm, bits), turned)
 
 
 def test_what_the_loops_do_not_take(loops: None) -> None:
@@ -73,6 +101,7 @@ def test_what_the_loops_do_not_take(loops: None) -> None:
     wide = random(64, 18)
     for source, bits, columns in (
         (wide[:63], 4, 144),
+        (wide[:56], 4, 144),
         (wide[:, :17].contiguous(), 4, 136),
         (wide, 4, 143),
         (wide, 2, 288),
@@ -84,11 +113,11 @@ def test_what_the_loops_do_not_take(loops: None) -> None:
         assert torch.equal(made, words.transpose(source, bits, columns))
 
 
-def test_little_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_is_torchs() -> None:
     """And so is what comes before the bound, however many threads ask."""
     pytest.importorskip("numba")
     loops = compiled._Loops()
-    monkeypatch.setattr(compiled, "WORTH", 64)
+    loops.least = 64
     found: list[object] = []
     asked = [threading.Thread(target=lambda: found.append(loops.after(8))) for _ in range(16)]
     for thread in asked:
@@ -102,17 +131,52 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(compiled, "WORTH", 0)
     monkeypatch.setattr(compiled, "LOOPS", compiled._Loops())
+    monkeypatch.setattr(compiled.LOOPS, "least", 0)
     monkeypatch.setattr(compiled.importlib, "import_module", missing)
     source = random(64, 16)
     assert compiled.transpose(source, 4, 128) is None
     assert torch.equal(packed.transpose_packed(source, 4), words.transpose(source, 4, 128))
 
 
+def test_a_damaged_cache_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    numba = pytest.importorskip("numba")
+    from ctconvert.transforms import loops
+    from ctconvert.transforms.sparse24.loops import order8
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    logger = logging.getLogger("ctconvert")
+    monkeypatch.setattr(logger, "propagate", True)
+
+    def right() -> bool:
+        """Compiled or loaded in a process of its own, as far as Numba can tell."""
+        loops._tell.cache_clear()
+        rows, flat = np.arange(256, dtype=np.uint64).reshape(64, 4), np.zeros(256, np.uint64)
+        loops.loop(order8.py_func)(rows, flat, False, 0, 1)
+        return np.array_equal(flat, np.concatenate([rows[:, :2].ravel(), rows[:, 2:].ravel()]))
+
+    assert right()
+    (index,), (code,) = tmp_path.rglob("*.nbi"), tmp_path.rglob("*.nbc")
+    for path, content in ((index, b"damaged"), (index, b""), (code, b"\x80\x04"), (code, b"K")):
+        path.write_bytes(content)
+        assert right()
+        (line,) = set(caplog.messages)
+        assert "damaged" in line and line.endswith("compiled anew")
+        caplog.clear()
+        assert right() and not caplog.text  # it was written again
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    index.unlink()
+    monkeypatch.setattr(loops.FunctionCache, "_save_overload", full)
+    assert right()
+
+
 @pytest.fixture
 def sparse(loops: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse_loops, "LOOPS", compiled.LOOPS)
     monkeypatch.setattr(sparse_loops, "empty", _filled)
 
 
@@ -139,8 +203,6 @@ def test_sparse_there_and_back(sparse: None, n: int, k: int, dtype: torch.dtype)
     values, meta = sparse_torch.sm90_compress(dense)
     bitmask = sparse_torch.bitmask_of(dense)
     kept = sparse_torch.bitmask_compress(dense, bitmask)
-    made = sparse_loops.sm90_compress(dense)
-    assert made is not None and same_bits(made[0], values) and same_bits(made[1], meta)
     for found, want in (
         (
             sparse_loops.sm90_decompress(values, meta, n, k),
@@ -163,11 +225,6 @@ def test_damage_is_told_as_torch_tells_it(sparse: None, k: int, dtype: torch.dty
     kept = sparse24.bitmask_compress(dense, bitmask)
     values, meta = sparse24.sm90_compress(dense)
     for row in (0, 63, n - 1):
-        over = dense.clone()
-        over[row, k - 3 :] = 1
-        assert sparse_loops.sm90_compress(over) is None
-        with pytest.raises(ValueError, match=f"row {row}"):
-            sparse24.sm90_compress(over)
         for byte in (0x01, 0x07, 0x73):
             wrong = bitmask.clone()
             wrong[row, -1] = byte
@@ -187,6 +244,102 @@ def test_damage_is_told_as_torch_tells_it(sparse: None, k: int, dtype: torch.dty
         made = sparse_loops.sm90_decompress(values, other, n, k)
         assert (made is None) == isinstance(want, str)
         assert made is None or same_bits(made, want)
+
+
+def every_group(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and a bitmask: any two of four columns, each 0, -0 or another, beside one another."""
+    integer = torch.int16 if dtype.itemsize == 2 else torch.int8
+    low, high = (1 << 8 * dtype.itemsize - 1 - bit for bit in (0, 1))
+    some = torch.tensor([0, -low, 1, high, -1, low - 1], dtype=integer)
+    values = torch.cartesian_prod(some, some)  # [36, 2]
+    masks = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8)
+    groups = values.repeat_interleave(6, 0)  # every value with every mask
+    codes = masks.repeat(36)
+    order = torch.randperm(216 * 32, generator=torch.Generator().manual_seed(3)) % 216
+    values, codes = groups[order].reshape(72, -1), codes[order].reshape(72, -1, 2)
+    return values.view(dtype), codes[..., 0] | codes[..., 1] << 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pairs_of_every_group(
+    sparse: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    compressed, bitmask = every_group(dtype)
+    n, k = compressed.shape[0], 2 * compressed.shape[1]
+    dense = sparse_torch.bitmask_decompress(compressed, bitmask, k)
+    values, meta = sparse_torch.sm90_compress(dense)  # which makes any zero of 16 bits +0
+    own = sparse_torch.bitmask_of(dense)
+    plain = sparse_torch.sm90_decompress(values, meta, n, k)
+    kept = sparse_torch.bitmask_compress(plain, own)
+    for name in ("bitmask_decompress", "bitmask_compress", "sm90_compress", "sm90_decompress"):
+        monkeypatch.setattr(sparse_torch, name, None)  # would fail if it were called
+    found, pairs = sparse24.pairs_of_bitmask(compressed, bitmask, k)
+    assert same_bits(found, values)
+    assert same_bits(sparse24.sm90_meta(found, pairs, k), meta)
+    back, again = sparse24.pairs_of_sm90(values, meta, n, k)
+    assert back is values and same_bits(again, pairs)
+    made, mask = sparse24.bitmask_of_pairs(values, pairs, k)
+    assert same_bits(made, kept) and same_bits(mask, own)
+    assert same_bits(sparse24.dense_of_pairs(values, pairs, k), plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_pairs_of_a_weight_become_one(sparse: None, dtype: torch.dtype) -> None:
+    """Index pairs that `sm90_compress` would not choose, and what is no index pair."""
+    compressed, bitmask = every_group(dtype)
+    n, k = compressed.shape[0], 2 * compressed.shape[1]
+    pair_of = torch.zeros(16, dtype=torch.uint8)
+    pair_of[[3, 5, 6, 9, 10, 12]] = torch.tensor([4, 8, 9, 12, 13, 14], dtype=torch.uint8)
+    rows = pair_of[(bitmask & 15).int()] | pair_of[(bitmask >> 4).int()] << 4
+    meta = sparse24.sm90_meta(compressed, rows, k)
+    want = sparse_torch.sm90_compress(sparse_torch.bitmask_decompress(compressed, bitmask, k))
+    values, pairs = sparse24.pairs_of_sm90(compressed, meta, n, k)
+    assert same_bits(values, want[0])
+    assert same_bits(sparse24.sm90_meta(values, pairs, k), want[1])
+    for byte, row in ((0x05, 0), (0x50, 63), (0xF4, n - 1), (0x04, n - 1), (0x40, 7)):
+        damaged = rows.clone()
+        damaged[row, -1] = byte
+        moved = sparse24.sm90_meta(compressed, damaged, k)
+        made = _result(sparse24.pairs_of_sm90, compressed, moved, n, k)
+        told = _result(sparse_torch.sm90_decompress, compressed, moved, n, k)
+        assert isinstance(made, str) == isinstance(told, str)
+        assert not isinstance(told, str) or made == told
+        assert sparse_loops.settle(compressed, damaged, k, "bitmask") is None
+    with pytest.raises(ValueError, match="row 63"):
+        wrong = bitmask.clone()
+        wrong[63, -1] = 0x37
+        sparse24.pairs_of_bitmask(compressed, wrong, k)
+    assert sparse_loops.settle(compressed[:, :-2], rows[:, :-1], k - 4, "pairs") is None
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 4), (65, 12), (130, 136), (192, 276)])
+def test_pairs_that_the_loops_do_not_take(n: int, k: int) -> None:
+    """And without them: odd numbers of groups, rows and columns that metadata pads."""
+    dense = sparse_weight(n, k, torch.float16)
+    bitmask = sparse24.bitmask_of(dense)
+    kept = sparse24.bitmask_compress(dense, bitmask)
+    values, meta = sparse_torch.sm90_compress(dense)
+    found, pairs = sparse24.pairs_of_bitmask(kept, bitmask, k)
+    assert pairs.shape == (n, -(-k // 8))
+    assert same_bits(found, values) and same_bits(sparse24.sm90_meta(found, pairs, k), meta)
+    back, again = sparse24.pairs_of_sm90(values, meta, n, k)
+    assert same_bits(back, values) and same_bits(again, pairs)
+    made, mask = sparse24.bitmask_of_pairs(values, pairs, k)
+    assert same_bits(
+        sparse24.bitmask_decompress(made, mask, k), sparse24.dense_of_pairs(values, pairs, k)
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_order_of_the_metadata(sparse: None, size: int) -> None:
+    rows = random(192, 160).view(torch.uint8)
+    want = order.to_kernel_order(rows, size)
+    made, back = (
+        sparse_loops.to_kernel_order(rows, size),
+        sparse_loops.from_kernel_order(want, size),
+    )
+    assert made is not None and same_bits(made, want)
+    assert back is not None and same_bits(back, rows)
 
 
 def _result(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -44,6 +44,7 @@ def examples() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     dense[:, 0::4] = dense[:, 2::4] = 0
     bitmask = sparse24.bitmask_of(dense)
     values, meta = sparse24.sm90_compress(dense)
+    _, pairs = sparse24.pairs_of_sm90(values, meta, N, K)
     arguments: dict[str, list[Any]] = {
         "pack": [codes, 4],
         "unpack": [words, 4, K],
@@ -64,7 +65,12 @@ def examples() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
         "bitmask_of": [dense],
         "bitmask_compress": [dense, bitmask],
         "bitmask_decompress": [sparse24.bitmask_compress(dense, bitmask), bitmask, K],
+        "bitmask_of_pairs": [values, pairs, K],
+        "dense_of_pairs": [values, pairs, K],
+        "pairs_of_bitmask": [sparse24.bitmask_compress(dense, bitmask), bitmask, K],
+        "pairs_of_sm90": [values, meta, N, K],
         "sm90_compress": [dense],
+        "sm90_meta": [values, pairs, K],
         "sm90_decompress": [values, meta, N, K],
     }
     return {

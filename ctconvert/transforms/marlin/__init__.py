@@ -279,7 +279,8 @@ def _take_columns(words: torch.Tensor, perm: torch.Tensor, bits: int) -> torch.T
         from ctconvert.transforms.marlin.triton import take_columns_triton
 
         return take_columns_triton(words.contiguous(), perm, bits)
-    return cpu.take_columns(words, perm, bits)
+    made = compiled.take_columns(words, perm, bits)
+    return cpu.take_columns(words, perm, bits) if made is None else made
 
 
 # ---------------------------------------------------------------------------------- padding

@@ -19,6 +19,10 @@ SM90 (CUTLASS 3.x sparse GEMM, operand A compressed)
     16-bit elements: inner = k'%16 + 16*((m'//8)%2) + 32*(k'//32) + 128*(m'%8)
     + 1024*((k'//16)%2) + 2048*(m'//16)
 
+pairs (what the program moves a weight as)
+    ``values`` as in the SM90 form, and ``pairs`` u8 [N, ceil(K/8)]: its nibbles row after row,
+    without padding. A weight has one such form, so two are equal where these bytes are.
+
 (i0, i1) by the group's nonzero elements: two at p0 < p1: (p0, p1); one at p <= 2: (p, 3); one at 3:
 (0, 3); none: (0, 0). "Nonzero" means: the bits are not all 0, after -0.0 of the 16-bit floats
 became +0.0. The 8-bit types are taken as raw bytes, so -0.0 of float8_e4m3fn counts as nonzero.
@@ -37,14 +41,19 @@ from torch import Tensor
 
 from ctconvert.transforms import dispatch
 from ctconvert.transforms.shapes import sm90_meta_shape
-from ctconvert.transforms.sparse24 import compiled, cpu
+from ctconvert.transforms.sparse24 import compiled, cpu, order
 
 __all__ = [
     "bitmask_compress",
     "bitmask_decompress",
     "bitmask_of",
+    "bitmask_of_pairs",
+    "dense_of_pairs",
+    "pairs_of_bitmask",
+    "pairs_of_sm90",
     "sm90_compress",
     "sm90_decompress",
+    "sm90_meta",
     "sm90_meta_shape",
 ]
 
@@ -153,8 +162,7 @@ def sm90_compress(dense: Tensor) -> tuple[Tensor, Tensor]:
         from ctconvert.transforms.sparse24.triton import sm90_compress_triton
 
         return sm90_compress_triton(dense)
-    made = compiled.sm90_compress(dense)
-    return cpu.sm90_compress(dense) if made is None else made
+    return cpu.sm90_compress(dense)
 
 
 def sm90_decompress(values: Tensor, meta: Tensor, n: int, k: int) -> Tensor:
@@ -183,6 +191,111 @@ def sm90_decompress(values: Tensor, meta: Tensor, n: int, k: int) -> Tensor:
         return sm90_decompress_triton(values, meta, n, k)
     made = compiled.sm90_decompress(values, meta, n, k)
     return cpu.sm90_decompress(values, meta, n, k) if made is None else made
+
+
+def pairs_of_bitmask(compressed: Tensor, bitmask: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The pairs of a ``sparse-24-bitmask`` weight; arguments and errors of `bitmask_decompress`.
+
+    Returns:
+        (values [N, K/2], pairs u8 [N, ceil(K/8)]), -0.0 of 16-bit floats made +0.0.
+    """
+    _check_weight("compressed", compressed)
+    n = compressed.shape[0]
+    _check_columns(k)
+    _check_shape("compressed", compressed, (n, k // 2))
+    _check_bytes("bitmask", bitmask, (n, -(-k // 8)), compressed)
+    if not dispatch.has_kernels(compressed):
+        made = compiled.settle(compressed, bitmask, k, "bitmask")
+        if made is not None:
+            return made
+    return _pairs_of_dense(bitmask_decompress(compressed, bitmask, k))
+
+
+def bitmask_of_pairs(values: Tensor, pairs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The bitmask form of a weight in pairs, with the bitmask of `bitmask_of`.
+
+    Args:
+        values: [N, K/2], one of the four dtypes.
+        pairs: u8 [N, ceil(K/8)].
+        k: K, a multiple of 4.
+
+    Returns:
+        (compressed [N, K/2], bitmask u8 [N, ceil(K/8)]).
+
+    Raises:
+        ValueError: as `dense_of_pairs`.
+    """
+    _check_pairs(values, pairs, k)
+    if not dispatch.has_kernels(values):
+        made = compiled.settle(values, pairs, k, "back")
+        if made is not None:
+            return made
+    dense = dense_of_pairs(values, pairs, k)
+    bitmask = bitmask_of(dense)
+    return bitmask_compress(dense, bitmask), bitmask
+
+
+def dense_of_pairs(values: Tensor, pairs: Tensor, k: int) -> Tensor:
+    """Dense weight [N, K] of one in pairs; arguments of `bitmask_of_pairs`.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or an index pair is neither i0 < i1 nor
+            (0, 0) with both values zero.
+    """
+    meta = sm90_meta(values, pairs, k)
+    return sm90_decompress(values, meta, values.shape[0], k)
+
+
+def sm90_meta(values: Tensor, pairs: Tensor, k: int) -> Tensor:
+    """``meta`` u8 [Np, Kp/8] of a weight in pairs, its SM90 ``values`` being the same.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    _check_pairs(values, pairs, k)
+    n, size = values.shape[0], values.element_size()
+    shape = sm90_meta_shape(n, k)
+    if tuple(pairs.shape) != shape:
+        rows = pairs.new_zeros(shape)
+        rows[:n, : pairs.shape[1]] = pairs
+        pairs = rows
+    made = None if dispatch.has_kernels(pairs) else compiled.to_kernel_order(pairs, size)
+    return order.to_kernel_order(pairs, size) if made is None else made
+
+
+def pairs_of_sm90(values: Tensor, meta: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """The pairs of an SM90 compressed weight; arguments and errors of `sm90_decompress`.
+
+    Returns:
+        (values [N, K/2], pairs u8 [N, ceil(K/8)]); the values are the very argument where
+        `sm90_compress` would give these.
+    """
+    _check_weight("values", values)
+    _check_columns(k)
+    _check_shape("values", values, (n, k // 2))
+    _check_bytes("meta", meta, sm90_meta_shape(n, k), values)
+    if not dispatch.has_kernels(values):
+        rows = compiled.from_kernel_order(meta, values.element_size())
+        if rows is not None and order.padding_is_zero(rows, n, k):
+            made = compiled.settle(values, rows[:n, : -(-k // 8)], k, "pairs")
+            if made is not None:
+                return made
+    return _pairs_of_dense(sm90_decompress(values, meta, n, k))
+
+
+def _pairs_of_dense(dense: Tensor) -> tuple[Tensor, Tensor]:
+    values, meta = sm90_compress(dense)
+    n, k = dense.shape
+    rows = order.from_kernel_order(meta, dense.element_size())
+    return values, rows[:n, : -(-k // 8)].contiguous()
+
+
+def _check_pairs(values: Tensor, pairs: Tensor, k: int) -> None:
+    _check_weight("values", values)
+    _check_columns(k)
+    n = values.shape[0]
+    _check_shape("values", values, (n, k // 2))
+    _check_bytes("pairs", pairs, (n, -(-k // 8)), values)
 
 
 def _check_columns(k: int) -> None:
