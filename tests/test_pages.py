@@ -147,22 +147,6 @@ def test_the_pipeline(tmp_path: Path) -> None:
     assert broken.stderr.startswith("error: ") and broken.stderr.count("\n") == 1
 
 
-def test_the_image(tmp_path: Path) -> None:
-    """The instructions Docker knows; CI runs those of RUN, in an environment of its own."""
-    text = re.sub(r"^#.*\n", "", (ROOT / "examples" / "Dockerfile").read_text(), flags=re.MULTILINE)
-    lines = text.replace("\\\n", " ").splitlines()
-    assert lines[0].startswith("FROM ") and lines[-1] == 'ENTRYPOINT ["ctconvert"]'
-    assert {line.split()[0] for line in lines} == {
-        "FROM",
-        "ARG",
-        "RUN",
-        "COPY",
-        "WORKDIR",
-        "ENTRYPOINT",
-    }
-    assert "s/^RUN //p" in (ROOT / ".ci" / "run").read_text()
-
-
 def test_the_job_of_the_examples() -> None:
     """Steps that are there, variables that are set; CI checks it by GitHub's schema."""
     yaml = pytest.importorskip("yaml")

@@ -58,7 +58,7 @@ def doctor(
             first = found.findings[0]
             where = f"{first.module}: " if first.module else ""
             also = f" (and {found.errors - 1} more)" if found.errors > 1 else ""
-            raise FindingsError(f"{found.model}: {where}{first.message}{also}", module=first.module)
+            raise FindingsError(f"{found.model}: {where}{_says(first)}{also}", module=first.module)
 
 
 def _print(sink: Sink, found: Examination) -> None:

@@ -80,7 +80,7 @@ def hub_failures(model: str, path: bool = True) -> Iterator[None]:
     except RevisionNotFoundError:
         reason = f"the repository has no revision {model.partition('@')[2]!r}"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        reason = f"{unknown}the Hub cannot be reached and holds no cached copy"
+        reason = f"{unknown}the Hub cannot be reached, and the local cache has no copy"
     except EntryNotFoundError as error:
         reason = f"the Hub has no such file: {first_line(error)}"
     except (HFValidationError, HTTPError, OSError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import sys
 import threading
@@ -28,6 +29,7 @@ from ctconvert.version import __version__
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
+LOG = logging.getLogger("ctconvert")
 #: ``org/name`` or ``org/name@revision``.
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
 
@@ -392,8 +394,12 @@ def _open_hub(model: str, download: bool) -> Store:
         except (HTTPError, OSError) as error:
             if isinstance(error, HfHubHTTPError):  # the Hub has answered
                 raise
-            # it cannot be reached: what an earlier run has left
-            return _snapshot(repo, revision or None, local_files_only=True)
+            found = _snapshot(repo, revision or None, local_files_only=True)
+            LOG.info(
+                "%s: the Hub cannot be reached: taking what the local cache has of commit %s",
+                *(model, found.revision),
+            )
+            return found
         if download:
             _snapshot(repo, revision or None, local_files_only=False)
         return store
@@ -408,8 +414,9 @@ def local_copy(model: str) -> LocalStore:
     store = open_store(model, download=False)
     if isinstance(store, LocalStore):
         return store
-    with hub_failures(model):
-        return _snapshot(store.id, store.revision, local_files_only=False)
+    repo, _, revision = model.partition("@")
+    with hub_failures(model):  # by the name, under which it is found when the Hub is not
+        return _snapshot(repo, revision or None, local_files_only=False)
 
 
 def _snapshot(repo: str, revision: str | None, *, local_files_only: bool) -> LocalStore:

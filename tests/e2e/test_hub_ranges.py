@@ -324,6 +324,17 @@ def test_an_endpoint_that_never_answers(hub: Hub, tmp_path: Path) -> None:
     assert time.monotonic() - begin < 5
 
 
+def test_a_cached_copy_is_told_of(hub: Hub) -> None:
+    """Which may be old, and lack what nobody had asked for."""
+    commit = local_copy("org/name").revision
+    hub.faults = [Fault(".", "hang", times=1000)]
+    ended = cli.run("inspect", "org/name")
+    assert ended.code == 0
+    assert ended.stderr == (
+        f"org/name: the Hub cannot be reached: taking what the local cache has of commit {commit}\n"
+    )
+
+
 def test_a_store_goes_to_another_process(hub: Hub) -> None:
     store = HubStore.open("org/name", "main")
     other = pickle.loads(pickle.dumps(store))

@@ -114,6 +114,39 @@ def test_what_never_comes_or_comes_otherwise(
         serve(sound[model])
 
 
+@pytest.mark.parametrize("order", [("w1", "w3"), ("w3", "w1")])
+def test_what_gate_and_up_share_comes_in_any_order(order: tuple[str, str]) -> None:
+    """Their kernel takes one tensor for both, which must be equal."""
+    from torch.nn import Parameter
+
+    from ctconvert.integrations.vllm.arrivals import Arrivals
+    from ctconvert.integrations.vllm.cuts import Held
+    from ctconvert.integrations.vllm.experts import Experts, Stack
+    from ctconvert.specs import TensorSpec
+    from ctconvert.store.safetensors import TensorEntry
+
+    spec = TensorSpec("F32", (1,))
+    entries = [TensorEntry(f"experts.0.{leaf}.scale", "", 0, spec) for leaf in ("gate", "up")]
+    stack = Stack("w13", [[None, None]], None, {"scale": Held(spec)}, "n", (8, 8), False)  # type: ignore
+    for second, fails in ((2.0, False), (3.0, True)):
+        layer = object.__new__(Experts)
+        expected = {("w13_scale", place): entry for place, entry in enumerate(entries)}
+        layer.places, layer.rank, layer.ranks = {0: 0}, 0, 1
+        layer.arrivals = Arrivals(expected, {})
+        held = Parameter(torch.full((1, 1), float("nan")), requires_grad=False)
+
+        def load(shard: str, value: float, layer: Experts = layer, held: Parameter = held) -> None:
+            layer._load(stack, "scale", held, torch.tensor([value]), shard_id=shard, expert_id=0)
+
+        load(order[0], 2.0)
+        if fails:
+            with pytest.raises(VerificationError, match=r"experts\.0\..*\.scale: differs from"):
+                load(order[1], second)
+        else:
+            load(order[1], second)
+            assert held.item() == 2.0
+
+
 def test_what_is_changed_after_loading(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every load here is watched: a method that made its weights anew would be seen."""
     from ctconvert.integrations.vllm.linear import CtconvertLinear

@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Uninitialised tensors are filled (integers with their greatest value)."""
-    torch.use_deterministic_algorithms(True)
-    assert (torch.empty(8, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["torch", "triton"])

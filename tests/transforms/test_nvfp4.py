@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,17 +26,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 GROUPED = [i + 8 * j for i in range(8) for j in range(8)]
 ORDER = [GROUPED[at + p] for at in range(0, 64, 4) for p in (0, 2, 1, 3)]
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"
 )
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs() -> Iterator[None]:
-    """Uninitialised tensors are filled (integers with their greatest value)."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,17 +16,10 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "nvfp4_fp8.safetensors"
 CASES = [(128, 4), (200, 6), (384, 24), (64, 16)]
 SHAPES = [(1, 1), (128, 4), (129, 5), (200, 66), (31, 3), (384, 8), (256, 130)]
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"
 )
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs() -> Iterator[None]:
-    """Uninitialised tensors are filled (integers with their greatest value)."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -232,3 +232,5 @@ def test_the_command(tmp_path: Path) -> None:
     code, out, err = run("doctor", EXAMPLE, "-t", "cuda", "--tensor-parallel", "1,3")
     assert code == 0 and "14 quantised modules, 0 errors, 0 warnings" in out
     assert run("doctor", EXAMPLE, "--tensor-parallel", "two").code == 2
+    code, _, err = run("doctor", EXAMPLE, "--tensor-parallel", "2", "--no-data")
+    assert code == 1 and ": at 2 ranks: 9 attention heads are no multiple of it (and " in err

@@ -330,15 +330,17 @@ class Experts(FusedMoEMethodBase):
             return True
         if expert_id not in self.places:
             return True  # another rank's
-        index = 1 if shard_id == "w3" else 0
-        key = (name, len(stack.experts[0]) * expert_id + index)
+        index, parts = (1 if shard_id == "w3" else 0), len(stack.experts[0])
+        key = (name, parts * expert_id + index)
         self.arrivals.check(key, loaded_weight)
         place = self.places[expert_id]
-        if stack.tensors[local].n is None and index:
+        shared = parts > 1 and stack.tensors[local].n is None
+        if shared and (name, parts * expert_id + 1 - index) in self.arrivals.came:
             if not torch.equal(data[place], loaded_weight.to(data.device)):
                 entry = self.arrivals.expected[key]
                 raise VerificationError(
-                    f"tensor {entry.name}: differs from the gate's, and their kernel takes one"
+                    f"tensor {entry.name}: differs from {'up' if index == 0 else 'gate'}'s, and "
+                    "their kernel takes one"
                 )
             return True
         self._copy(stack, local, data[place], loaded_weight, index, 1)
