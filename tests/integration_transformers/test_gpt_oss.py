@@ -131,6 +131,20 @@ def test_logits(group: Any, target: str, form: str, fuse: bool, tmp_path: Path) 
     assert error(*logits) < LIMIT
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["parameters", "one by one"])
+@pytest.mark.parametrize("target", ["triton", "cuda"])
+def test_on_a_gpu(target: str, form: str, tmp_path: Path) -> None:
+    source, plain = write(tmp_path, MXFP4, form)
+    ctconvert.repack(source, tmp_path / "out", target=target, fuse=True)
+    auto = transformers.AutoModelForCausalLM
+    found = auto.from_pretrained(tmp_path / "out", device_map="cuda")
+    expected = auto.from_pretrained(plain, dtype=torch.bfloat16).to("cuda")
+    ids = IDS.to("cuda")
+    with torch.inference_mode():
+        assert error(found(input_ids=ids).logits, expected(input_ids=ids).logits) < LIMIT
+
+
 @pytest.mark.parametrize("form", ["modules", "biases apart", "one by one"])
 def test_a_bias_that_is_missing(form: str, tmp_path: Path) -> None:
     without = {"modules": "down_proj.bias", "biases apart": "down_proj_bias"}
