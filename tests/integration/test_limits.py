@@ -148,19 +148,19 @@ def test_a_quantised_vocabulary_is_not_cut(ranks: int, added: int, tmp_path: Pat
 # --- experts -------------------------------------------------------------------------------------
 
 
-def served(tmp_path: Path, without: str = "", bias: bool = False) -> Served:
-    """Three experts of 128 x 256, one by one."""
-    tensors = expert_modules(MLP, INT4, (128, 256))
+def served(tmp_path: Path, without: str = "", bias: bool = False, **options: Any) -> Served:
+    """Four experts of 128 x 256, one by one."""
+    tensors = expert_modules(MLP, INT4, (128, 256), 4)
     if bias:
         rows = {"gate_proj": 128, "up_proj": 128, "down_proj": 256}
         tensors |= {
             f"{MLP}.experts.{e}.{leaf}.bias": torch.ones(n).bfloat16()
-            for e in range(3)
+            for e in range(4)
             for leaf, n in rows.items()
         }
     tensors = {n: t for n, t in tensors.items() if not (without and n.startswith(without))}
     source = write_checkpoint(tmp_path / "in", tensors, config_of(INT4))
-    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
+    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu", **options)
     return Served(str(tmp_path / "out"))
 
 
@@ -173,7 +173,7 @@ def layer(activation: str = "silu", **more: Any) -> Any:
         ckpt_up_proj_name="up_proj",
         ckpt_down_proj_name="down_proj",
         expert_map=None,
-        moe_config=SimpleNamespace(num_logical_experts=3, moe_parallel_config=parallel),
+        moe_config=SimpleNamespace(num_logical_experts=4, moe_parallel_config=parallel),
         **more,
     )
 
@@ -198,17 +198,17 @@ def test_an_expert_that_is_missing(tmp_path: Path) -> None:
 
 def test_an_expert_too_many(tmp_path: Path) -> None:
     fewer = layer()
-    fewer.moe_config.num_logical_experts = 2
-    with pytest.raises(VerificationError, match=r"2 experts .*experts\.2\.down_proj is one more"):
+    fewer.moe_config.num_logical_experts = 3
+    with pytest.raises(VerificationError, match=r"3 experts .*experts\.3\.down_proj is one more"):
         experts.method(served(tmp_path), fewer, f"{MLP}.experts")
 
 
 @pytest.mark.parametrize(
     ("bias", "size", "count", "says"),
     [
-        (True, 128, 3, r"experts\.0\.gate_proj: this plugin runs no experts with biases"),
-        (False, 64, 3, r"down_proj: 256 x 128 in the manifest, \[256\] x 64 in vLLM's"),
-        (False, 128, 4, r"experts are not repeated \(EPLB\) by this plugin"),
+        (True, 128, 4, r"experts\.0\.gate_proj: this plugin runs no experts with biases"),
+        (False, 64, 4, r"down_proj: 256 x 128 in the manifest, \[256\] x 64 in vLLM's"),
+        (False, 128, 5, r"experts are not repeated \(EPLB\) by this plugin"),
     ],
 )
 def test_experts_that_are_not_run(
@@ -218,4 +218,16 @@ def test_experts_that_are_not_run(
     method = experts.method(served(tmp_path, bias=bias), described, f"{MLP}.experts")
     assert method is not None
     with pytest.raises(UsageError, match=says):
-        method.create_weights(described, 3, 256, size, torch.bfloat16, global_num_experts=count)
+        method.create_weights(described, 4, 256, size, torch.bfloat16, global_num_experts=count)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_experts_shared_out_otherwise(whole: bool, tmp_path: Path) -> None:
+    """The converter gave ranks whole experts, or a share of each, and vLLM is started otherwise."""
+    found = served(tmp_path, tensor_parallel=2, expert_parallel=whole)
+    found.of_rank(1, 2)
+    described = layer()
+    described.moe_config.moe_parallel_config.use_ep = not whole
+    wanted = "with" if whole else "without"
+    with pytest.raises(UsageError, match=rf"serve it {wanted} --enable-expert-parallel"):
+        experts.method(found, described, f"{MLP}.experts")

@@ -333,6 +333,16 @@ def test_another_config(out: Path) -> None:
         load_model(out, "cpu")
 
 
+def test_code_of_others(tmp_path: Path) -> None:
+    """A kernel from the Hub that the source's own config asks for."""
+    source = llama(tmp_path)
+    file = source / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_attn_implementation": "a/b"}))
+    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
+    with pytest.raises(UsageError, match="_attn_implementation 'a/b' is not one of transformers'"):
+        load_model(tmp_path / "out", "cpu")
+
+
 def test_no_such_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such directory, and not a Hub id"):
         load_model(tmp_path / "nothing")
