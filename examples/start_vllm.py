@@ -17,11 +17,15 @@ import time
 from typing import Any
 
 START = time.perf_counter()
-#: In this process, with a small cache, and without compiling, which has nothing to do with weights.
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch  # noqa: E402
+
+#: In this process; on a CPU with a small cache, and no compiler for the one function that needs it.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+if not torch.cuda.is_available():
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
+
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.model_executor.model_loader import base_loader, default_loader  # noqa: E402
 
