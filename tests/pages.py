@@ -52,6 +52,9 @@ RUN_BY = {
     ("examples/README.md", "$ python examples/prove_smollm2.py --target triton --device cuda"): (
         "tests/integration/test_pages.py"
     ),
+    ("examples/README.md", "$ python examples/prove_smollm2.py --target cpu"): (
+        "tests/integration/test_pages.py"
+    ),
 }
 
 

@@ -10,7 +10,6 @@ the weights, of work after loading, and from the first import to the first token
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -121,63 +120,30 @@ def make(folder: Path, device: str) -> None:
     print(f"converted in {time.perf_counter() - start:.1f} s: {report.layouts}")
 
 
-def serve(folder: Path) -> None:
-    """One start: a line of JSON, the seconds of each part."""
-    start = time.perf_counter()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM, SamplingParams
-    from vllm.model_executor.model_loader import base_loader, default_loader
-
-    seconds = {"load": 0.0, "after": 0.0}
-
-    def timed(owner: Any, name: str, part: str) -> None:
-        call = getattr(owner, name)
-
-        def run(*args: Any, **more: Any) -> Any:
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
-            result = call(*args, **more)
-            torch.cuda.synchronize()
-            seconds[part] += time.perf_counter() - begun
-            return result
-
-        setattr(owner, name, run)
-
-    timed(default_loader.DefaultModelLoader, "load_weights", "load")
-    timed(base_loader, "process_weights_after_loading", "after")
-    engine = LLM(
-        str(folder),
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        max_model_len=2048,
-        dtype="bfloat16",
-        attention_config={"backend": "TRITON_ATTN"},
-        gpu_memory_utilization=0.3,
-    )
-    ready = time.perf_counter() - start
-    asked = SamplingParams(temperature=0, max_tokens=8, detokenize=False)
-    (answer,) = engine.generate([{"prompt_token_ids": [1, 17, 43, 5]}], asked, use_tqdm=False)
-    seconds |= {"ready": ready, "first answer": time.perf_counter() - start}
-    print(json.dumps(seconds | {"tokens": list(answer.outputs[0].token_ids)}))
-
-
 def compare(folder: Path, rounds: int = 3) -> None:
+    """Both by ``examples/start_vllm.py``, in turn."""
+    start = Path(__file__).parents[2] / "examples" / "start_vllm.py"
+    options = {
+        "max_model_len": 2048,
+        "dtype": "bfloat16",
+        "attention_config": {"backend": "TRITON_ATTN"},
+        "gpu_memory_utilization": 0.3,
+    }
+    asked = ["[1, 17, 43, 5]", "--max-tokens", "8", "--options", json.dumps(options)]
     for name in ("source", "converted") * rounds:  # the first of each warms the page cache
-        command = [sys.executable, __file__, "serve", str(folder / name)]
+        command = [sys.executable, str(start), str(folder / name), *asked]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
             sys.exit(run.stdout[-2000:] + run.stderr[-4000:])
-        line = next(line for line in run.stdout.splitlines() if line.startswith('{"load"'))
-        found = json.loads(line)
-        parts = ", ".join(f"{key} {value:.2f} s" for key, value in found.items() if key != "tokens")
-        print(f"{name}: {parts}, tokens {found['tokens']}", flush=True)
+        found = json.loads(run.stdout[run.stdout.rindex('{"load"') :])
+        parts = ("load", "after", "ready", "answered")
+        seconds = ", ".join(f"{part} {found[part]:.2f} s" for part in parts)
+        print(f"{name}: {seconds}, tokens {found['tokens']}", flush=True)
 
 
 if __name__ == "__main__":
     verb, where = sys.argv[1], Path(sys.argv[2])
     if verb == "make":
         make(where, "cuda" if torch.cuda.is_available() else "cpu")
-    elif verb == "serve":
-        serve(where)
     else:
         compare(where)

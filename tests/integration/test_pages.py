@@ -133,6 +133,27 @@ def test_a_real_model_is_proven(proven: tuple[Path, str, str]) -> None:
 
 
 @real
+@pytest.mark.timeout(1800)  # five starts, and text by plain torch
+def test_a_real_model_in_vllm(tmp_path: Path) -> None:
+    """What it says of the converted checkpoint; what stock vLLM runs, and how, is the machine's."""
+    environment = commands_here(tmp_path / "bin")
+    taken = block("examples/README.md", "$ python examples/prove_smollm2.py --target cpu")
+    for command, expected in session(taken.text):
+        found = shell(command, ROOT, environment)
+        ours = ("converted and verified", "kernel-ready", "ok")
+        shown, printed = (
+            [
+                re.sub(r"\d+\.\d+ s", "T s", line)
+                for line in text.splitlines()
+                if line.startswith(ours)
+            ]
+            for text in (expected, found)
+        )
+        assert shown == printed, found
+        assert [line.partition(":")[0] for line in shown] == list(ours), found
+
+
+@real
 @pytest.mark.gpu
 def test_a_real_model_is_proven_on_a_gpu(tmp_path: Path) -> None:
     ((command, expected),) = session(

@@ -331,9 +331,11 @@ def test_on_a_gpu(kind: str, target: str, fuse: bool, tmp_path: Path) -> None:
     config = getattr(transformers, f"{kind}Config")(**more, dtype=torch.bfloat16)
     source, plain = write_models(made(f"{kind}ForCausalLM", config), tmp_path, INT4)
     ctconvert.repack(source, tmp_path / "out", target=target, fuse=fuse)
-    found, _ = load_model(tmp_path / "out", "cuda")
+    auto, ids = transformers.AutoModelForCausalLM, IDS.to("cuda")
+    found = auto.from_pretrained(tmp_path / "out", device_map="cuda")
     assert {tensor.device.type for tensor in [*found.parameters(), *found.buffers()]} == {"cuda"}
-    auto = transformers.AutoModelForCausalLM
     expected = auto.from_pretrained(plain, dtype=torch.bfloat16).to("cuda")
-    ids = IDS.to("cuda")
-    assert error(logits(found, input_ids=ids), logits(expected, input_ids=ids)) < LIMIT
+    answer = logits(found, input_ids=ids)
+    assert error(answer, logits(expected, input_ids=ids)) < LIMIT
+    loaded, _ = load_model(tmp_path / "out", "cuda")
+    assert torch.equal(logits(loaded, input_ids=ids), answer)

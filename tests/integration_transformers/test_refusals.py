@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.builders import group_config, module, quantised, weight_args
+from support.builders import group_config, module, quantised, sparse24, weight_args
 from support.hub import Hub, hub_environment
 from support.reference import load_tensors
 
@@ -150,6 +150,70 @@ def test_experts_without_their_up_projections(tmp_path: Path) -> None:
     refused(source, ConversionError, r"with 96 rows it is not the whole of .*gate_up_proj")
 
 
+# --- what a kernel cannot stand for, or what has none ---------------------------------------------
+
+
+def test_an_embedding_that_scales_what_it_looks_up(tmp_path: Path) -> None:
+    config = transformers.Gemma3TextConfig(**TINY, dtype=torch.bfloat16)
+    choose = lambda name, tensor: "embed_tokens" in name  # noqa: E731
+    group = group_config(weight_args(4, 32), ["Embedding"])
+    source, _ = write_models(transformers.Gemma3ForCausalLM(config), tmp_path, group, choose)
+    refused(source, ConversionError, "cannot stand for Gemma3TextScaledWordEmbedding, which is no")
+
+
+def experts_that_say(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+    """Has the model's experts say of themselves what others do."""
+    kind = transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts
+    made = kind.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        made(self, *args)
+        vars(self).update(settings)
+
+    monkeypatch.setattr(kind, "__init__", init)
+
+
+def test_experts_with_a_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts_that_say(monkeypatch, has_post_expert_norm=True)
+    refused(moe(tmp_path), ConversionError, "Qwen3MoeExperts, which say has_post_expert_norm")
+
+
+def test_experts_that_are_not_of_the_common_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts
+    monkeypatch.delattr(kind, "_apply_gate")
+    refused(moe(tmp_path), ConversionError, "Qwen3MoeExperts, which are not experts of")
+
+
+def test_experts_whose_biases_the_model_has_not(tmp_path: Path) -> None:
+    bias = {f"{MLP}.experts.{e}.down_proj.bias": torch.ones(64).bfloat16() for e in range(4)}
+    source = changed(moe(tmp_path), **bias)
+    refused(source, ConversionError, r"down_proj: it has a bias, and .*experts\.down_proj .* none")
+
+
+def test_activations_of_another_dtype_than_the_weights(tmp_path: Path) -> None:
+    """2:4 sparse and else as it was: bfloat16."""
+    config = transformers.LlamaConfig(
+        **TINY | {"intermediate_size": 128, "num_hidden_layers": 1}, dtype=torch.bfloat16
+    )
+    source = tmp_path / "in"
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
+    sparse = module(f"{MLP}.down_proj", sparse24(64, 128, {"weights": None}, 1))
+    changed(source, rf"{MLP}\.down_proj", **sparse)
+    text = json.loads((source / "config.json").read_text())
+    sparsity = {"format": "sparse-24-bitmask", "targets": ["re:.*down_proj"], "ignore": []}
+    text["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "sparsity_config": sparsity,
+    }
+    (source / "config.json").write_text(json.dumps(text))
+    ctconvert.repack(source, tmp_path / "out", target="cuda", device="cpu")
+    load_model(tmp_path / "out", "cpu", torch.bfloat16)
+    with pytest.raises(UsageError, match=r"down_proj: weights of bfloat16 .*pass dtype=torch\.bf"):
+        load_model(tmp_path / "out", "cpu", torch.float16)
+
+
 # --- the files -----------------------------------------------------------------------------------
 
 
@@ -184,6 +248,24 @@ def test_a_tensor_renamed_in_the_file(out: Path) -> None:
             load(out)
 
 
+def test_a_file_that_is_not_of_the_manifest(out: Path) -> None:
+    """An index names other files than the manifest does."""
+    (out / "model.safetensors").rename(out / "other.safetensors")
+    names = load_tensors(out)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "other.safetensors")}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    for load in (transformers.AutoModelForCausalLM.from_pretrained, load_model):
+        with pytest.raises(VerificationError, match=r"safetensors"):
+            load(out)
+
+
+def test_a_restored_checkpoint_that_says_it_is_converted(out: Path, tmp_path: Path) -> None:
+    ctconvert.restore(out, tmp_path / "restored")
+    (tmp_path / "restored" / "config.json").write_text((out / "config.json").read_text())
+    with pytest.raises(VerificationError, match=r"config\.json: .* bytes, expected"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
+
+
 # --- what is asked for ---------------------------------------------------------------------------
 
 
@@ -211,6 +293,32 @@ def test_the_weight_of_a_kernel(out: Path) -> None:
         torch.nn.functional.linear(torch.ones(1, 64).bfloat16(), weight)
 
 
+def test_several_devices_by_transformers(out: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(out)
+    config.distributed_config = {"tp_plan": "auto"}
+    with pytest.raises(UsageError, match="not split over devices by transformers"):
+        transformers.AutoModelForCausalLM.from_pretrained(out, config=config)
+
+
+def test_offloading(out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    asked = {"": "cpu", "model.layers.1": "disk"}
+    with pytest.raises(UsageError, match=r"not offloaded: .*, without disk"):
+        load(out, device_map=asked, offload_folder=tmp_path / "offloaded")
+    with pytest.raises(UsageError, match=r"not offloaded: .*, without disk"):
+        load(out, device_map="auto", max_memory={"cpu": 30_000})
+    with pytest.raises(UsageError, match=r"not offloaded: .*, without cpu"):
+        load(out, device_map={"": 0, "model.layers.1": "cpu"})
+
+
+def test_training(out: Path) -> None:
+    """Nothing of it asks for a gradient, and transformers' trainer is told so."""
+    model, _ = load_model(out, "cpu")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.hf_quantizer.is_trainable
+
+
 def test_an_adapter(out: Path) -> None:
     (out / "adapter_config.json").write_text("{}")
     with pytest.raises((UsageError, VerificationError), match="adapter_config"):
@@ -223,6 +331,16 @@ def test_another_config(out: Path) -> None:
     file.write_text(json.dumps(config))
     with pytest.raises(VerificationError, match=r"config\.json"):
         load_model(out, "cpu")
+
+
+def test_code_of_others(tmp_path: Path) -> None:
+    """A kernel from the Hub that the source's own config asks for."""
+    source = llama(tmp_path)
+    file = source / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_attn_implementation": "a/b"}))
+    ctconvert.repack(source, tmp_path / "out", target="triton", device="cpu")
+    with pytest.raises(UsageError, match="_attn_implementation 'a/b' is not one of transformers'"):
+        load_model(tmp_path / "out", "cpu")
 
 
 def test_no_such_checkpoint(tmp_path: Path) -> None:

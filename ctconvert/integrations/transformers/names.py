@@ -18,6 +18,13 @@ from ctconvert.errors import ConversionError
 _UNUSED = ("k_scale", "v_scale", "q_scale", "inv_freq")
 #: The operations that only put experts' weights together.
 _STACKING = {"MergeModulelist", "Concatenate"}
+#: Where the modules of one expert go, in a model that has experts as 3-D parameters and no rule for
+#: taking them one by one: the parameter, which part of it along N, of how many.
+_ONE_BY_ONE = {
+    "gate_proj": ("gate_up_proj", 0, 2),
+    "up_proj": ("gate_up_proj", 1, 2),
+    "down_proj": ("down_proj", 0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,21 @@ class Names:
         if pattern is None and whole in self.tensors and self.tensors[whole].ndim == 3:
             path, _, leaf = whole.rpartition(".")
             return InExperts(path, leaf, None, 0, 1)
+        if (found := self._one_by_one(whole)) is not None:
+            return found
         if self.ignored(f"{source}.weight"):
             return None
         raise ConversionError(f"module {source}: {self.kind} has no such module")
+
+    def _one_by_one(self, name: str) -> InExperts | None:
+        """As quantisers save the experts of gpt-oss: ``experts.3.gate_proj``."""
+        rest, _, leaf = name.rpartition(".")
+        path, _, number = rest.rpartition(".")
+        parameter, order, parts = _ONE_BY_ONE.get(leaf, ("", 0, 0))
+        tensor = self.tensors.get(f"{path}.{parameter}")
+        if tensor is None or tensor.ndim != 3 or not number.isdecimal():
+            return None
+        return InExperts(path, parameter, int(number), order, parts)
 
     def _check_plain(self, source: str, module: nn.Module) -> None:
         # A class of its own may do more, as Gemma's embedding, which scales what it looks up.

@@ -209,16 +209,24 @@ class Placed:
                 f"module {name}: a kernel cannot stand for {kind}, which are not experts of "
                 "transformers' common kind"
             )
-        for setting in ("has_bias", "is_transposed", "has_post_expert_norm"):
-            if getattr(old, setting, False):
-                raise ConversionError(
-                    f"module {name}: a kernel cannot stand for {kind}, which say {setting}"
-                )
-        columns = {leaf: self._columns(path, leaf, pieces) for leaf, pieces in found.items()}
+        if getattr(old, "has_post_expert_norm", False):
+            raise ConversionError(
+                f"module {name}: a kernel cannot stand for {kind}, which say has_post_expert_norm"
+            )
+        columns = {leaf: self._columns(old, path, leaf, pieces) for leaf, pieces in found.items()}
         self._replace(path, KernelMoe(old, columns))
 
-    def _columns(self, path: str, leaf: str, pieces: Sequence[_Piece]) -> Columns:
+    def _columns(self, old: Any, path: str, leaf: str, pieces: Sequence[_Piece]) -> Columns:
         shape = tuple(self._names.tensors[f"{path}.{leaf}"].shape)
+        if getattr(old, "is_transposed", False):  # [E, K, N], where a checkpoint has [E, N, K]
+            shape = (shape[0], shape[2], shape[1])
+        biased = [piece.kernel.bias is not None for piece in pieces]
+        if any(biased) and not (all(biased) and getattr(old, "has_bias", False)):
+            name = pieces[biased.index(True)].module.name
+            lacks = "none" if all(biased) else "not all of them"
+            raise ConversionError(
+                f"module {name}: it has a bias, and {path}.{leaf} of {self._names.kind} {lacks}"
+            )
         by_order: dict[tuple[int, ...], list[_Piece]] = {}
         for piece in pieces:
             by_order.setdefault(piece.orders, []).append(piece)
@@ -236,8 +244,7 @@ class Placed:
             first = units(own[0].module.recipe.assembly)[0]
             rows += sum(sources[part.source].n for part in leaves(first))
             if any(piece.kernel.binding.spec.k != shape[2] for piece in own) or any(
-                piece.kernel.binding.spec.n != spec.n or piece.kernel.bias is not None
-                for piece in own
+                piece.kernel.binding.spec.n != spec.n for piece in own
             ):
                 raise ConversionError(
                     f"module {name}: it does not fit {path}.{leaf}, {list(shape)}, of "
@@ -258,7 +265,9 @@ class Placed:
             )
         if any(list(group) != sorted(group) for group in by_order):
             raise ConversionError(f"module {pieces[0].module.name}: its parts are in another order")
-        return Columns(parts, pieces[0].kept if len(by_order) == 1 else None)
+        # Of several parts that the model has row by row in turn, as gpt-oss its gate and up.
+        in_turn = len(orders) > 1 and not getattr(old, "is_concatenated", True)
+        return Columns(parts, pieces[0].kept if len(by_order) == 1 else None, all(biased), in_turn)
 
     # --- tied embeddings ---
 

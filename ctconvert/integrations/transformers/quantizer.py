@@ -52,6 +52,15 @@ class CtconvertQuantizer(HfQuantizer):
     _output: Output
     _complete = False
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Called with what is asked for, and again with what transformers makes of ``auto``."""
+        places = set(map(str, device_map.values())) if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise UsageError(
+                "converted checkpoints are not offloaded: choose a device_map that holds the whole "
+                f"model, without {'disk' if 'disk' in places else 'cpu'}"
+            )
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (torch.float16, torch.bfloat16):
             raise UsageError(

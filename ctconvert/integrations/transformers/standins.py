@@ -106,22 +106,29 @@ class Columns(nn.Module):
     Args:
         parts: in the order of their columns.
         kept: which columns of the whole there are; all where None.
+        biased: whether the parts add a bias.
+        in_turn: whether gate and up, which the parts make one after the other, go column by column.
     """
 
-    kept: torch.Tensor | None
-
     def __init__(
-        self, parts: Sequence[KernelExperts | Apart], kept: Sequence[slice] | None
+        self,
+        parts: Sequence[KernelExperts | Apart],
+        kept: Sequence[slice] | None,
+        biased: bool,
+        in_turn: bool,
     ) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self._kept = kept
+        self.biased = biased
+        self._in_turn = in_turn
 
     def forward(self, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         made = [part(x, rows, offsets) for part in self.parts]
         if self._kept is not None:
             made = [whole[:, columns] for whole in made for columns in self._kept]
-        return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+        whole = made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+        return whole.unflatten(-1, (2, -1)).mT.flatten(-2) if self._in_turn else whole
 
 
 class KernelMoe(nn.Module):
@@ -133,15 +140,17 @@ class KernelMoe(nn.Module):
 
     Args:
         model: the module of the model, without the parameters that were converted.
-        converted: the projections by parameter name; the others are the model's.
+        converted: the projections by parameter name; the others are the model's, as are biases
+            that these do not add.
     """
 
     def __init__(self, model: Any, converted: dict[str, Columns]) -> None:
         super().__init__()
         self.num_experts: int = model.num_experts
+        gone = {*converted, *(f"{name}_bias" for name, own in converted.items() if own.biased)}
         for name in list(model._parameters):
             parameter = model._parameters.pop(name)
-            if name not in converted:
+            if name not in gone:
                 self.register_parameter(name, parameter)
         self.model = model
         self.kernels = nn.ModuleDict(converted)
@@ -173,12 +182,19 @@ class KernelMoe(nn.Module):
     def _product(
         self, name: str, x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor
     ) -> torch.Tensor:
+        made: torch.Tensor
         if name in self.kernels:
-            made: torch.Tensor = self.kernels[name](x, rows, offsets)
-            return made
-        weight, bounds = self.get_parameter(name), offsets.tolist()
-        each = [
-            nn.functional.linear(x[rows[bounds[e] : bounds[e + 1]].long()], weight[e])
-            for e in range(self.num_experts)
-        ]
-        return torch.cat(each)
+            made = self.kernels[name](x, rows, offsets)
+        else:
+            weight: torch.Tensor = self.get_parameter(name)
+            bounds = offsets.tolist()
+            if self.model.is_transposed:
+                weight = weight.mT
+            each = [
+                nn.functional.linear(x[rows[bounds[e] : bounds[e + 1]].long()], weight[e])
+                for e in range(self.num_experts)
+            ]
+            made = torch.cat(each)
+        if (bias := self._parameters.get(f"{name}_bias")) is not None:
+            made = made + bias.repeat_interleave(offsets.diff(), dim=0)
+        return made
