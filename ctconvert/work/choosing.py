@@ -22,9 +22,14 @@ def threads(workers: int | None) -> Threads:
 def device_named(name: str) -> str:
     """What ``--device`` names; all devices of a kind where it has no index.
 
+    ``auto`` stays that, and is found when the first weight is transformed: something always is, and
+    the source is being read by the time torch is there.
+
     Raises:
         UsageError: there is none of that name.
     """
+    if name in ("auto", "cpu"):
+        return name
     with no_collection():  # importing torch, a tenth of which is else looking for garbage
         from ctconvert.transforms.device import every
 

@@ -72,3 +72,21 @@ def test_verify(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("repack", EXAMPLE, out, "-t", "triton", "--device", "cpu").code == 0
     assert not loaded_by(["verify", str(out)])
+
+
+def test_the_source_is_being_read_before_torch_is_there(tmp_path: Path) -> None:
+    args = ["repack", str(EXAMPLE), str(tmp_path / "out"), "-t", "triton"]
+    code = (
+        "import sys\n"
+        "from ctconvert.cli import run\n"
+        "from ctconvert.work import executors\n"
+        "submit = executors.ThreadPoolExecutor.submit\n"
+        "def note(self, job, *given):\n"
+        "    found.append((type(job.__self__).__name__, 'torch' in sys.modules))\n"
+        "    return submit(self, job, *given)\n"
+        "found, executors.ThreadPoolExecutor.submit = [], note\n"
+        f"assert run({args!r}) == 0\n"
+        "assert found[0] == ('HashJob', False), found[0]\n"
+        "assert ('ConvertJob', True) in found, found\n"
+    )
+    loaded(code)

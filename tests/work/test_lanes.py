@@ -42,7 +42,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "wanted", "given"),
     [
-        ("auto", TWO, "cuda"),
+        ("auto", TWO, "auto"),
         ("cuda", TWO, "cuda"),
         ("cuda:0", TWO[:1], "cuda:0"),
         ("cuda:1", TWO[1:], "cuda:1"),
