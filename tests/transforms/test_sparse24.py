@@ -478,6 +478,33 @@ def test_gpu_equals_the_formulas(dtype: torch.dtype, shape: tuple[int, int]) -> 
         assert same(actual[side], expected[side])
 
 
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
+def test_pairs_are_the_formulas(path: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    dense, bitmask, compressed = random_weight(*shape, dtype)
+    want, meta = reference_compress(dense)
+    values, pairs = sparse24.pairs_of_bitmask(compressed, bitmask, shape[1])
+    assert same(values, want) and same(sparse24.sm90_meta(values, pairs, shape[1]), meta)
+    assert same(sparse24.pairs_of_sm90(want, meta, *shape)[1], pairs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
+def test_gpu_makes_the_cpus_pairs(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    _, bitmask, compressed = random_weight(*shape, dtype)
+    k = shape[1]
+    values, pairs = sparse24.pairs_of_bitmask(compressed, bitmask, k)
+    meta = sparse24.sm90_meta(values, pairs, k)
+    made = sparse24.pairs_of_bitmask(compressed.cuda(), bitmask.cuda(), k)
+    assert same(made[0], values) and same(made[1], pairs)
+    assert same(sparse24.sm90_meta(*made, k), meta)
+    back = sparse24.pairs_of_sm90(values.cuda(), meta.cuda(), shape[0], k)
+    assert same(back[0], values) and same(back[1], pairs)
+    expected = sparse24.bitmask_of_pairs(values, pairs, k)
+    again = sparse24.bitmask_of_pairs(*made, k)
+    assert same(again[0], expected[0]) and same(again[1], expected[1])
+    assert same(sparse24.dense_of_pairs(*made, k), sparse24.dense_of_pairs(values, pairs, k))
+
+
 @pytest.mark.gpu
 def test_gpu_raises_what_the_cpu_raises() -> None:
     dense, bitmask, compressed = large_weight(200, 1032, torch.float16)
