@@ -105,8 +105,8 @@ def write_pair(
     codec = BaseCompressor.get_value_from_registry(str(group["format"]))
     for seed, (name, n, k) in enumerate(linears):
         tensors = quantised(n, k, group, seed, dtype)
-        if "weight" in tensors:  # int8, halved: CPUs without VNNI add two products in 16 bits
-            tensors["weight"] //= 2
+        if (codes := tensors.get("weight")) is not None and codes.dtype == torch.int8:
+            codes //= 2  # CPUs without VNNI add two products in 16 bits
         # Powers of two: every weight is a bfloat16. As large as those of 4 bits, whatever the bits.
         scale = tensors["weight_scale"]
         power = scale.float().log2().round() + 4 - group["weights"]["num_bits"]

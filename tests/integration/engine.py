@@ -47,7 +47,7 @@ class Answer(NamedTuple):
 def _prepare() -> None:
     """Has every load watched, and what need be done once in a process done once."""
     from vllm.model_executor.model_loader import base_loader
-    from vllm.platforms.cpu import CpuPlatform
+    from vllm.platforms import current_platform
 
     process = base_loader.process_weights_after_loading
 
@@ -61,8 +61,11 @@ def _prepare() -> None:
             assert torch.equal(after[name][1], data), f"{name} was changed after loading"
 
     base_loader.process_weights_after_loading = watched  # type: ignore[assignment]
-    register = CpuPlatform.register_triton_kernel_overrides
-    CpuPlatform.register_triton_kernel_overrides = staticmethod(cache(register))  # type: ignore[method-assign]
+    if current_platform.is_cpu():
+        from vllm.platforms.cpu import CpuPlatform
+
+        register = CpuPlatform.register_triton_kernel_overrides
+        CpuPlatform.register_triton_kernel_overrides = staticmethod(cache(register))  # type: ignore[method-assign]
 
 
 def _converted(model: torch.nn.Module) -> Held:
