@@ -232,6 +232,7 @@ class _Build:
                 {file.name for file in self.plan.source.hashed}
                 if share is None
                 else hashed_by(self.plan, share, self.store),
+                check=settings.verify and share is None and settings.executor.here,
             )
             resumed = filling.take_over()
             if joining is not None:
@@ -252,7 +253,7 @@ class _Build:
             self._check_unchanged()
             if settings.verify:
                 output = Output(DiskStore(staging.folder))
-                verify_output(output, settings.executor, settings.progress)
+                verify_output(output, settings.executor, settings.progress, filling.checked)
             staging.commit(manifest.manifest_sha256)
         except BadInputError:
             self.store.close()  # it may still be fetching

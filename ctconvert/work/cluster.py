@@ -157,6 +157,8 @@ class Ray(Executor):
         UsageError: Ray is not installed, or there is no such cluster.
     """
 
+    here = False
+
     def __init__(self, address: str, workers: int | None, device: str) -> None:
         self._ray = _connected(address)
         self._workers = workers

@@ -22,6 +22,9 @@ MOST_WORKERS = 256
 class Executor(ABC):
     """Runs jobs somewhere."""
 
+    #: Whether that is this machine, which sees at once what it has written.
+    here: bool = True
+
     @abstractmethod
     def run(self, jobs: Iterable[Job], context: Context) -> Generator[Done, None, None]:
         """Runs every job once and gives results as they come, in any order.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ctconvert.planning.memory import budget
 from ctconvert.planning.place import readers
 from ctconvert.progress import Progress
 from ctconvert.records import Copy, Item, Plan, Restore, Shard
 from ctconvert.store.base import Store
+from ctconvert.store.direct import DiskStore
 from ctconvert.store.local import LocalStore
 from ctconvert.store.safetensors import TensorEntry
 from ctconvert.store.writer import LocalSink
@@ -22,6 +23,7 @@ from ctconvert.work.parts import (
     Pieces,
     SealJob,
     bytes_of,
+    check_of,
     checks,
     hash_of,
     jobs_of,
@@ -41,6 +43,7 @@ class Filling:
         staging: where, and what of it is finished.
         executor, progress, device: as the build's settings have them.
         hashed: the source files to hash.
+        check: read every shard but the last ones back while others are made.
     """
 
     plan: Plan
@@ -50,6 +53,7 @@ class Filling:
     progress: Progress
     device: str
     hashed: Collection[str]
+    check: bool = False
     #: BLAKE3 hash of every tensor that is whole.
     hashes: dict[str, str] = field(default_factory=dict)
 
@@ -70,6 +74,9 @@ class Filling:
         self._reading: Counter[str] = Counter()
         #: Source files whose hash is on its way.
         self._unhashed: set[str] = set()
+        #: What is to be read back, and the tensors that were.
+        self._checks: deque[HashJob] = deque()
+        self.checked: set[str] = set()
 
     # --- what an earlier run has finished ---------------------------------------------------------
 
@@ -189,6 +196,8 @@ class Filling:
                     else:
                         self._take(Done(job, parts[key].tensors, parts[key].pieces), sink)
                     yield from self._seals()
+                # as much as is made: the disk reads and writes at once
+                yield from self._next_checks(len(item.made))
         yield from hashing.values()
 
     def _source_jobs(self) -> dict[str, Job]:
@@ -215,8 +224,12 @@ class Filling:
         while self._sealing:
             yield self._sealing.popleft()
 
+    def _next_checks(self, count: int) -> Iterator[Job]:
+        for _ in range(min(count, len(self._checks))):
+            yield self._checks.popleft()
+
     def _run(self, jobs: Iterable[Job], sink: LocalSink) -> None:
-        with closing(LocalStore(self.staging.folder)) as made:
+        with closing(DiskStore(self.staging.folder)) as made:
             context = Context(
                 self.store,
                 sink,
@@ -227,6 +240,9 @@ class Filling:
             )
             with closing(self.executor.run(jobs, context)) as results:
                 for done in results:
+                    if isinstance(done.job, HashJob) and done.job.made:
+                        self.checked.add(done.job.name)
+                        continue
                     if isinstance(done.job, HashJob):
                         for name, digest in done.hashes.items():
                             self.staging.finished_source(name, digest)
@@ -269,6 +285,13 @@ class Filling:
     def _finish_shard(self, shard: Shard, sink: LocalSink) -> None:
         sink.finish(shard.name)
         self.staging.finished_shard(shard.name, {name: self.hashes[name] for name in shard.tensors})
+        if self.check:
+            entries = (self.plan.entries[name] for name in shard.tensors)
+            store = LocalStore(self.staging.folder)  # which opens nothing: it names files
+            self._checks += (
+                replace(check_of(entry, self.hashes[entry.name], store), made=True, counted=False)
+                for entry in entries
+            )
         for file in self._readers[shard.name]:
             self._reading[file] -= 1
             self._release(file)

@@ -240,6 +240,7 @@ class HashJob(Job):
         of_source: it is a whole file of a source, and what the store states of it is checked too.
         what: how a message names it.
         counted: whether the progress counts its bytes.
+        made: it lies in what is compared with, of a build what it has written, not in the source.
     """
 
     name: str
@@ -251,12 +252,15 @@ class HashJob(Job):
     counted: bool = True
     algorithm: Literal["blake3", "sha256"] = "blake3"
     of_source: bool = False
+    made: bool = False
 
     def run(self, context: Context) -> Done:
+        store = context.against if self.made else context.source
+        assert store is not None
         digest: Any = blake3() if self.algorithm == "blake3" else hashlib.sha256()
         stated = hashlib.sha256() if self._stated(context) else None
         with context.budget.hold(min(CHUNK, self.length)):
-            for part in context.source.pieces(self.file, self.offset, self.length):
+            for part in store.pieces(self.file, self.offset, self.length):
                 context.check_running()
                 digest.update(part)
                 if stated is not None:
@@ -269,7 +273,7 @@ class HashJob(Job):
         if self.expected is not None and found != self.expected:
             raise VerificationError(
                 f"{self.what}: damaged: its bytes have changed",
-                file=context.source.path(self.file),
+                file=store.path(self.file),
             )
         return Done(self, {self.name: found})
 

@@ -15,7 +15,7 @@ from blake3 import blake3
 from ctconvert.errors import ConversionError
 from ctconvert.planning.asked import no_collection
 from ctconvert.records import Convert, Copy, Item, Plan
-from ctconvert.store.base import CHUNK
+from ctconvert.store.base import CHUNK, Store
 from ctconvert.store.safetensors import TensorEntry
 from ctconvert.work.jobs import Context, CopyJob, Done, HashJob, Job, PartJob
 from ctconvert.work.journal import Key, PartDone, Piece
@@ -131,6 +131,12 @@ def checks(part: PartDone, plan: Plan) -> dict[HashJob, str]:
 
 def hash_of(entry: TensorEntry) -> HashJob:
     return HashJob(entry.name, entry.file, entry.offset, entry.nbytes)
+
+
+def check_of(entry: TensorEntry, digest: str, store: Store) -> HashJob:
+    """Reads a tensor of an output, which must have this hash."""
+    what = f"tensor {entry.name} in {store.path(entry.file)}"
+    return HashJob(entry.name, entry.file, entry.offset, entry.nbytes, digest, what)
 
 
 def bytes_of(part: PartDone, plan: Plan) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import closing
 
 from msgspec.structs import replace
@@ -18,11 +19,19 @@ from ctconvert.store.checkpoint import CONFIG, Checkpoint
 from ctconvert.store.safetensors import TensorEntry, total_bytes
 from ctconvert.work.executors import Executor
 from ctconvert.work.jobs import CompareBytesJob, Context, HashJob, Job
-from ctconvert.work.parts import ranges
+from ctconvert.work.parts import check_of, ranges
 
 
-def verify_output(output: Output, executor: Executor, progress: Progress) -> Verified:
+def verify_output(
+    output: Output, executor: Executor, progress: Progress, seen: Collection[str] = ()
+) -> Verified:
     """Checks every byte of an output against its manifest, in one pass.
+
+    Args:
+        output: what is checked.
+        executor: what reads.
+        progress: told of bytes read.
+        seen: tensors that have been read back already, and are what they should be.
 
     Raises:
         VerificationError: something differs; the message names the tensor or the file.
@@ -30,7 +39,8 @@ def verify_output(output: Output, executor: Executor, progress: Progress) -> Ver
     """
     store, manifest = output.store, output.manifest
     entries = sorted(output.plan.entries.values(), key=lambda entry: (entry.file, entry.offset))
-    progress.phase("verifying", total_bytes(entries))
+    left = [entry for entry in entries if entry.name not in seen]
+    progress.phase("verifying", total_bytes(left))
     jobs: list[Job] = [
         HashJob(
             record.name,
@@ -44,17 +54,7 @@ def verify_output(output: Output, executor: Executor, progress: Progress) -> Ver
         )
         for record in output.whole_files()
     ]
-    jobs += [
-        HashJob(
-            entry.name,
-            entry.file,
-            entry.offset,
-            entry.nbytes,
-            manifest.tensors[entry.name],
-            f"tensor {entry.name} in {store.path(entry.file)}",
-        )
-        for entry in entries
-    ]
+    jobs += [check_of(entry, manifest.tensors[entry.name], store) for entry in left]
     with closing(store):
         for _ in executor.run(jobs, Context(store, progress=progress)):
             pass
