@@ -139,6 +139,7 @@ def repack(
         if dry_run:
             from ctconvert.planning.make import refuse
             from ctconvert.planning.outline import outline
+            from ctconvert.work.executors import worker_count
 
             plan = api.plan(
                 model,
@@ -157,7 +158,8 @@ def repack(
             source = plan.source
             files = {file.name: file.size for file in (*source.files, *plan.side_files)}
             download = to_download(source.id, source.revision, files)
-            sink.show(outline(plan, download, local_copy), _print_outline)
+            taken = outline(plan, worker_count(workers), download, local_copy)
+            sink.show(taken, _print_outline)
             refuse(plan)
             return
         with sink.progress() as progress:

@@ -9,8 +9,8 @@ from ctconvert.records import Convert, Copy, Item, Plan, Restore
 from ctconvert.specs import TensorSpec
 from ctconvert.store.base import CHUNK
 
-#: Part of the budget that does not depend on the largest module: room to work on several.
-_ROOM = 256 << 20
+#: The part of a worker that does not depend on the largest module: room to work on several.
+_ROOM = 192 << 20
 #: What the interpreter and the libraries hold before any weight is read.
 _BASE = 600 << 20
 
@@ -71,7 +71,7 @@ def dense_bytes(item: Convert) -> int:
     return item.input_bytes + item.output_bytes + 16 * spec.n * spec.k
 
 
-def budget(plan: Plan, compare: bool = False) -> int:
+def budget(plan: Plan, workers: int, compare: bool = False) -> int:
     """Bytes that the units in flight may hold between them: the largest, and room for others."""
     kinds: dict[object, Item] = {}  # most modules of a model are alike
     for item in plan.items:
@@ -83,9 +83,9 @@ def budget(plan: Plan, compare: bool = False) -> int:
         comparison_bytes(item) if compare and isinstance(item, Convert) else item_bytes(item)
         for item in kinds.values()
     ]
-    return _ROOM + max(sizes, default=0)
+    return workers * _ROOM + max(sizes, default=0)
 
 
-def peak_memory(plan: Plan) -> int:
+def peak_memory(plan: Plan, workers: int) -> int:
     """An upper estimate of a conversion's private memory, in bytes."""
-    return _BASE + budget(plan)
+    return _BASE + budget(plan, workers)

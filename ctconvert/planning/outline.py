@@ -61,11 +61,12 @@ class Outline(Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
 
 
-def outline(plan: Plan, download: int = 0, local_copy: bool = False) -> Outline:
+def outline(plan: Plan, workers: int, download: int = 0, local_copy: bool = False) -> Outline:
     """A plan as that record.
 
     Args:
         plan: the plan.
+        workers: threads that would make it.
         download: bytes that come from the Hub.
         local_copy: whether those are all kept.
     """
@@ -81,7 +82,7 @@ def outline(plan: Plan, download: int = 0, local_copy: bool = False) -> Outline:
         source_bytes=sum(file.size for file in plan.source.files),
         output_bytes=plan.tensor_bytes,
         disk_bytes=disk_bytes(plan) + kept,
-        peak_memory_bytes=peak_memory(plan),
+        peak_memory_bytes=peak_memory(plan, workers),
         download_bytes=download,
         notes=plan.notes,
     )

@@ -162,6 +162,7 @@ class Ray(Executor):
     def __init__(self, address: str, workers: int | None, device: str) -> None:
         self._ray = _connected(address)
         self._workers = workers
+        self.workers = workers or _MOST_THREADS
         self._device = device
         self._seats: list[_Seat] = []
         self._runs = 0

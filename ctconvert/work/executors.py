@@ -24,6 +24,8 @@ class Executor(ABC):
 
     #: Whether that is this machine, which sees at once what it has written.
     here: bool = True
+    #: How many jobs are done at once, in one process.
+    workers: int = 1
 
     @abstractmethod
     def run(self, jobs: Iterable[Job], context: Context) -> Generator[Done, None, None]:

@@ -235,7 +235,7 @@ class Filling:
                 sink,
                 made,
                 device=self.device,
-                memory=budget(self.plan),
+                memory=budget(self.plan, self.executor.workers),
                 progress=self.progress,
             )
             with closing(self.executor.run(jobs, context)) as results:

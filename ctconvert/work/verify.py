@@ -132,7 +132,7 @@ def verify_against(
     context = Context(
         output.store,
         against=checkpoint.store,
-        memory=budget(output.plan, compare=True),
+        memory=budget(output.plan, executor.workers, compare=True),
         progress=progress,
     )
     with closing(output.store), closing(checkpoint.store):

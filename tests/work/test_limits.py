@@ -59,8 +59,12 @@ MIB = 1 << 20
 def test_a_file_size_limit_midway(place: Place, whole: Whole) -> None:
     """One shard is larger than the limit, the ones before it are not."""
 
+    sizes = [shard.size for shard in plan_of(LocalStore(place.model)).shards]
+    limit = max(sizes) - 1
+    assert sizes[0] < limit
+
     def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (15_500, 15_500))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         repack(place.model, place.out)
 
     ended = faults.run(limited)
@@ -555,7 +559,7 @@ class _Nowhere:
 def test_jobs_reserve_what_they_take(place: Place, room: float, wanted: int) -> None:
     """As many modules are worked on at once as there is room for, whatever the threads."""
     plan = plan_of(LocalStore(place.model))
-    assert budget(plan) > max(item_bytes(item) for item in plan.items)
+    assert budget(plan, 1) > max(item_bytes(item) for item in plan.items)
     (size,) = {item_bytes(module) for module in plan.modules}
     lock, enough = threading.Lock(), threading.Event()
     reading: list[int] = [0]
