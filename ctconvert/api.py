@@ -340,6 +340,9 @@ def verify(
             judged = verify_independently(output, checkpoint, executor, shown)
             found = replace(found, independent=judged)
     if kernels:
+        from ctconvert.work.importing import load_torch
+
+        load_torch()
         from ctconvert.runtime.proof import verify_kernels
 
         proved = verify_kernels(output, device, shown)
@@ -373,6 +376,9 @@ def diff(
     """
     from ctconvert.store.places import recover
     from ctconvert.work.choosing import threads
+    from ctconvert.work.importing import load_torch
+
+    load_torch()
     from ctconvert.work.differing import diff as compare
 
     for model in (a, b):

@@ -51,16 +51,20 @@ def bench(
     """
     sink = Sink(json_)
     with failures(sink, device):
+        from ctconvert.work.importing import load_torch
+
         if load != (against is not None):
             raise UsageError("--load and --against MODEL go together: it is timed against that")
         if against is not None:
             if plot is not None:
                 raise UsageError("--plot draws kernels' times, and --load measures none")
+            load_torch()
             from ctconvert.runtime.loadtime import bench_load
 
             sink.show(bench_load(out, against, device), _print_load)
             return
         rows = parse_counts(m)
+        load_torch()
         from ctconvert.runtime import benchmark, chart
 
         if plot is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ctconvert.errors import UsageError
-from ctconvert.planning.asked import no_collection
 from ctconvert.store.hub import home_path
 from ctconvert.work.executors import Executor, Threads, worker_count
+from ctconvert.work.importing import load_torch
 
 
 def threads(workers: int | None) -> Threads:
@@ -30,8 +30,8 @@ def device_named(name: str) -> str:
     """
     if name in ("auto", "cpu"):
         return name
-    with no_collection():  # importing torch, a tenth of which is else looking for garbage
-        from ctconvert.transforms.device import every
+    load_torch()
+    from ctconvert.transforms.device import every
 
     found = every(name)
     return str(found[0]) if len(found) == 1 else found[0].type

@@ -24,6 +24,7 @@ from ctconvert.records import Examination, Finding, Options, SourceModule
 from ctconvert.specs import WeightSpec
 from ctconvert.store.checkpoint import CONFIG, Checkpoint
 from ctconvert.work.executors import Executor
+from ctconvert.work.importing import load_torch
 
 #: Local names that only a quantised weight's tensors have.
 _QUANTISED = frozenset(
@@ -71,6 +72,7 @@ def examine(
         modules = len(description.modules)
         findings += _of_headers(description, options, splits)
         if executor is not None:
+            load_torch()
             from ctconvert.work.scanning import scan
 
             findings += scan(description, options, executor, progress)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from ctconvert.errors import ConversionError
-from ctconvert.planning.asked import no_collection
 from ctconvert.records import Convert, Copy, Item, Plan
 from ctconvert.store.base import CHUNK, Store
 from ctconvert.store.safetensors import TensorEntry
+from ctconvert.work.importing import load_torch
 from ctconvert.work.jobs import Context, CopyJob, Done, HashJob, Job, PartJob
 from ctconvert.work.journal import Key, PartDone, Piece
 
@@ -36,8 +36,8 @@ def jobs_of(item: Item) -> list[Job]:
     """The jobs that make an item of a plan."""
     if isinstance(item, Copy):
         return [CopyJob(item)]
-    with no_collection():  # importing torch, a tenth of which is else looking for garbage
-        from ctconvert.work.transforming import ConvertJob, RestoreJob
+    load_torch()
+    from ctconvert.work.transforming import ConvertJob, RestoreJob
 
     if isinstance(item, Convert):
         return [ConvertJob(item, *units) for units in ranges(item)]

@@ -18,6 +18,7 @@ from ctconvert.specs import differing_field
 from ctconvert.store.checkpoint import CONFIG, Checkpoint
 from ctconvert.store.safetensors import TensorEntry, total_bytes
 from ctconvert.work.executors import Executor
+from ctconvert.work.importing import load_torch
 from ctconvert.work.jobs import CompareBytesJob, Context, HashJob, Job
 from ctconvert.work.parts import check_of, ranges
 
@@ -124,6 +125,7 @@ def verify_against(
             too many; the message names the module or the tensor.
         ConversionError: the output or the source is no longer the one that was opened.
     """
+    load_torch()
     restored = output.plan.kind == "restored"
     jobs = (_restored_comparisons if restored else _comparisons)(output, checkpoint)
     copied = sum(isinstance(job, CompareBytesJob) for job in jobs)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from support.builders import config_of, group_config, quantised, weight_args, write_checkpoint
 from support.cli import environment, run
+from support.paths import EXAMPLE
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 WORDS = {INT: "interrupted", TERM: "stopped by SIGTERM", HUP: "stopped by SIGHUP"}
@@ -171,6 +172,44 @@ main()
     code, stdout, stderr = program.end()
     assert (code, stderr) == (128 + number, f"error: {WORDS[number]}\n")
     assert json.loads(stdout) == failure(code, WORDS[number])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("made") / "out"
+    assert run("repack", EXAMPLE, out, "--target", "triton").code == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "repack MODEL NEW -t triton",
+        "repack MODEL NEW -t triton --device cuda:99",
+        "verify OUT --against MODEL",
+        "diff OUT MODEL",
+        "doctor MODEL",
+        "bench OUT",
+    ],
+)
+def test_while_torch_imports_numpy(line: str, made: Path, tmp_path: Path) -> None:
+    """Torch takes whatever is raised then for the absence of NumPy, and goes on."""
+    script = """
+import os, signal, sys
+class Signal:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy.linalg":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Signal())
+from ctconvert.__main__ import main
+main()
+"""
+    places = {"MODEL": EXAMPLE, "OUT": made, "NEW": tmp_path / "new"}
+    args = [str(places.get(word, word)) for word in line.split()]
+    code, stdout, stderr = Program(script, *args).end()
+    ends = resumes(*args) if args[0] == "repack" else ""
+    assert (code, stdout, stderr) == (130, "", f"error: interrupted{ends}\n")
 
 
 def test_after_the_end() -> None:
