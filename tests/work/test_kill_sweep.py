@@ -39,6 +39,8 @@ from support.models import (
 
 from ctconvert import api
 from ctconvert.errors import UsageError
+from ctconvert.store import direct, writer
+from ctconvert.store.base import BLOCK
 from ctconvert.work import parts, staging
 from ctconvert.work.executors import Threads
 from ctconvert.work.journal import Begin, read_journal
@@ -235,7 +237,10 @@ SCENARIOS = {
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
-    with quick_folder() as folder:
+    """Codes go past the page cache, as those of large modules do, and scales through it."""
+    with quick_folder() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(writer, "LARGE", BLOCK)
+        patched.setattr(direct, "LEAST", BLOCK)
         place = Place(folder)
         gc.collect()
         gc.freeze()  # what is there now need not be copied into every child
