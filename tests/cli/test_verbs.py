@@ -124,7 +124,7 @@ def test_a_dry_run_counts_the_workers(tmp_path: Path) -> None:
     found = {}
     for workers in (2, 8):
         given = ("-t", "triton", "--dry-run", "--json", "--workers", workers)
-        found[workers] = json.loads(run("repack", EXAMPLE, tmp_path, *given).out)
+        found[workers] = json.loads(run("repack", EXAMPLE, tmp_path, *given)[1])
     more = found[8]["peak_memory_bytes"] - found[2]["peak_memory_bytes"]
     assert more == 6 * (192 << 20)
 
