@@ -114,9 +114,7 @@ def test_processes_at_once_one_killed_midway(place: Place, whole: Whole) -> None
     assert tree(place.out) == whole and place.is_clean
 
 
-def test_another_share_begins_while_one_looks(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_share_begins_while_one_looks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """After any look at what is there, its folder is there, at first without a lock."""
     other, listed = place.partial / Share(3, 3).folder, Path.iterdir
 
