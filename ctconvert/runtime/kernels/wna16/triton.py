@@ -212,6 +212,24 @@ def _dot(a, b, acc):
 
 
 @triton.jit
+def _wait_for_products():
+    """Waits for the tensor cores at the end of a step, where Triton has them run on.
+
+    A sum that only the next step's product uses is one that Triton does not wait for; it then cuts
+    the product into 16 rows of the weight each, and the unpacking of the next 16 runs beside them.
+    Without this the next step would write registers that are still read (as below).
+    """
+    tl.inline_asm_elementwise(
+        "{ wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1; }",
+        "=r,r",
+        [tl.zeros([1], tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _combine(
     part, ws_ptr, count_ptr, tile, mine, steps, per, program, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -276,6 +294,7 @@ def _gemm_kernel(
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
     SCALE_SUM: tl.constexpr,  # the scale multiplies the f32 partial sum, else the weight
+    OVERLAP: tl.constexpr,  # unpacks 16 rows while those before are multiplied (one piece, sm_90)
     PTX: tl.constexpr,  # compute capability x 10 of an NVIDIA GPU, 0: plain Triton
 ):
     F2: tl.constexpr = 16 // BITS
@@ -369,7 +388,9 @@ def _gemm_kernel(
                     acc += part * scale.to(tl.float32)
                 else:
                     acc = _dot(weight, tl.trans(a), acc)
-                    if PTX != 0:
+                    if OVERLAP:
+                        _wait_for_products()
+                    elif PTX != 0:
                         # An empty use of the sum makes Triton wait for the product here. Left to
                         # itself it lets the next step overwrite the weight's registers while they
                         # are being read (triton-lang/triton#9433; fixed by ptxas 13.3).
@@ -449,6 +470,7 @@ class Tiles:
     stages: int
     programs: int  # a multiprocessor
     scale_sum: bool
+    overlap: bool = False  # Hopper, one piece, the scale on the weight
 
 
 @dataclass(frozen=True)
@@ -672,6 +694,7 @@ def gemm(
             SPLIT=split,
             TMA=tma,
             SCALE_SUM=config.scale_sum,
+            OVERLAP=config.overlap and ptx == 90,
             PTX=ptx,
             num_warps=config.warps,
         )
