@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,25 @@ def test_fragments_recover_the_weight_exactly_and_sort() -> None:
             *on_device(x, qweight, scales, qzeros, order), None, **shape, config=config
         )
         assert torch.equal(out.cpu(), (x.double()[:, order.long()] @ weight.t()).half())
+
+
+@pytest.mark.parametrize("kernel", ["wna16", "marlin"])
+def test_tiles_to_try_are_ones_the_kernels_take(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    tune = importlib.import_module("tune_mm")
+    for m in tune.TOKENS:
+        found = tune.candidates(kernel, m)
+        assert len(found) == len(set(found)) > 40
+        for config in found:
+            if isinstance(config, tune.Dense):
+                continue
+            assert tune.GROUP % config.block_k == 0
+            assert not (config.overlap and (config.scale_sum or getattr(config, "pieces", 1) > 1))
+            # Sums and weights of a thread fit in its registers.
+            held = config.block_m * 64 * config.blocks // config.warps // 32
+            assert held <= 128
 
 
 @pytest.mark.gpu
