@@ -23,12 +23,12 @@ class LocalStore(Store):
     """
 
     def __init__(self, root: Path, id: str | None = None, revision: str | None = None) -> None:
+        self._open: dict[str, int] = {}  # before anything can be raised, for it is closed then
+        self._lock = threading.Lock()
         self.root = root
         self.where = str(root)
         self.id = id or root.resolve().name
         self.revision = revision
-        self._open: dict[str, int] = {}
-        self._lock = threading.Lock()
         self._sizes: dict[str, int] | None = None
         self._prints: dict[str, str] = {}
         self._left_out: dict[str, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,19 @@ def test_files_are_closed_and_opened_again(tmp_path: Path) -> None:
     store.read("file")
     del store
     assert descriptors() == opened
+
+
+def test_one_that_cannot_be_made_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt, or a path that leads round and round: it is one error, not two."""
+    others: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", others.append)
+
+    def resolve(path: Path) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "resolve", resolve)
+        LocalStore(tmp_path)
+    assert not others
