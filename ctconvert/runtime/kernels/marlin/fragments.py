@@ -28,6 +28,7 @@ from ctconvert.runtime.kernels.wna16.triton import (
     compute_capability,
     count_multiprocessors,
     dot,
+    pairs_of_one,
     store_tile,
     subtract,
     times_scale,
@@ -94,14 +95,7 @@ def _scaled(words, pairs, DTYPE: tl.constexpr):
 
     In one piece of PTX: the compiler would make a pair of one scale anew for each two weights.
     """
-    scale0, scale1 = tl.inline_asm_elementwise(
-        "prmt.b32 $0, $2, $2, 0x1010; prmt.b32 $1, $2, $2, 0x3232;",
-        "=&r,=r,r",
-        [pairs],
-        dtype=(tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
-    )
+    scale0, scale1 = pairs_of_one(pairs)
     ASM: tl.constexpr = SCALED_BF16 if tl.bfloat16 == DTYPE else SCALED_F16
     o = tl.inline_asm_elementwise(
         ASM,
