@@ -72,7 +72,7 @@ class LocalStore(Store):
                     name = path.relative_to(self.root).as_posix()
                     if path.is_symlink() and not _inside(path, roots):
                         self._leave_out(path, "a link that leaves the checkpoint")
-                    self._prints[name] = _print(found)
+                    self._prints[name] = fingerprint_of(found)
                     yield name, found.st_size
 
     def _leave_out(self, path: Path, reason: str) -> None:
@@ -118,7 +118,7 @@ class LocalStore(Store):
         """
         self.sizes()
         try:
-            found = _print((self.root / name).stat())
+            found = fingerprint_of((self.root / name).stat())
         except OSError:
             found = ""
         if found != self._prints[name]:
@@ -138,7 +138,8 @@ class LocalStore(Store):
         self.close()
 
 
-def _print(found: os.stat_result) -> str:
+def fingerprint_of(found: os.stat_result) -> str:
+    """What :meth:`LocalStore.fingerprint` gives for a file of which the system says this."""
     return f"{found.st_size}-{found.st_ino}-{found.st_mtime_ns}-{found.st_ctime_ns}"
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from ctconvert.errors import ConversionError
 from ctconvert.store.base import BLOCK, CHUNK
 from ctconvert.store.direct import Descriptors, aligned, begins_a_block, put
+from ctconvert.store.local import fingerprint_of
 
 
 class Sink(Protocol):
@@ -149,8 +150,11 @@ class LocalSink:
                     found = self._open[name] = os.open(self.root / name, flags)
         return found
 
-    def finish(self, name: str) -> None:
+    def finish(self, name: str) -> str:
         """Makes a file durable and gives up its descriptor.
+
+        Returns:
+            its fingerprint, as :class:`~ctconvert.store.local.LocalStore` has it.
 
         Raises:
             ConversionError: the file system refuses.
@@ -162,8 +166,10 @@ class LocalSink:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             self._direct.close(name)
+            fingerprint = fingerprint_of(os.fstat(descriptor))
             with self._lock:
                 os.close(self._open.pop(name))
+            return fingerprint
         except OSError as error:
             raise cannot_write(self.root / name, error) from None
 

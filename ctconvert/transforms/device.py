@@ -76,8 +76,12 @@ def on_device(device: torch.device) -> AbstractContextManager[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the host had no memory left; the CPU allocator raises RuntimeError."""
+    """Whether a device or the host had no memory left.
+
+    The CPU's allocator raises RuntimeError, and so does what a device's driver refuses: pinned
+    memory, or a place beside programs that have all of the device.
+    """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    texts = ("can't allocate memory", "Storage size calculation overflowed")
+    texts = ("can't allocate memory", "Storage size calculation overflowed", ": out of memory")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

@@ -253,7 +253,8 @@ class _Build:
             self._check_unchanged()
             if settings.verify:
                 output = Output(DiskStore(staging.folder))
-                verify_output(output, settings.executor, settings.progress, filling.checked)
+                seen = filling.seen(output.store)
+                verify_output(output, settings.executor, settings.progress, seen)
             staging.commit(manifest.manifest_sha256)
         except BadInputError:
             self.store.close()  # it may still be fetching

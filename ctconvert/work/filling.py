@@ -74,9 +74,10 @@ class Filling:
         self._reading: Counter[str] = Counter()
         #: Source files whose hash is on its way.
         self._unhashed: set[str] = set()
-        #: What is to be read back, and the tensors that were.
+        #: What is to be read back, what was, and the fingerprints of files before they were.
         self._checks: deque[HashJob] = deque()
-        self.checked: set[str] = set()
+        self._checked: list[HashJob] = []
+        self._prints: dict[str, str] = {}
 
     # --- what an earlier run has finished ---------------------------------------------------------
 
@@ -200,6 +201,11 @@ class Filling:
                 yield from self._next_checks(len(item.made))
         yield from hashing.values()
 
+    def seen(self, made: Store) -> set[str]:
+        """The tensors that were read back, of files that are what they were before that."""
+        same = {name for name, found in self._prints.items() if made.fingerprint(name) == found}
+        return {job.name for job in self._checked if job.file in same}
+
     def _source_jobs(self) -> dict[str, Job]:
         """Hashes of the source's files that are not known; read in order, they read ahead.
 
@@ -241,7 +247,7 @@ class Filling:
             with closing(self.executor.run(jobs, context)) as results:
                 for done in results:
                     if isinstance(done.job, HashJob) and done.job.made:
-                        self.checked.add(done.job.name)
+                        self._checked.append(done.job)
                         continue
                     if isinstance(done.job, HashJob):
                         for name, digest in done.hashes.items():
@@ -283,7 +289,7 @@ class Filling:
                 self.progress.module(item.name, item.recipe.layout)
 
     def _finish_shard(self, shard: Shard, sink: LocalSink) -> None:
-        sink.finish(shard.name)
+        self._prints[shard.name] = sink.finish(shard.name)
         self.staging.finished_shard(shard.name, {name: self.hashes[name] for name in shard.tensors})
         if self.check:
             entries = (self.plan.entries[name] for name in shard.tensors)

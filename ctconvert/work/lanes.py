@@ -19,21 +19,25 @@ from ctconvert.transforms.device import every, on_device
 from ctconvert.work.jobs import Context
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lane:
-    """A device and a stream on it, None on the CPU."""
+    """A device and a stream on it, made when it is first needed; None on the CPU."""
 
     device: torch.device
-    stream: Any
+    stream: Any = None
 
     @contextmanager
     def current(self) -> Iterator[None]:
         """Makes both what the thread's copies and kernels go to."""
-        if self.stream is None:
+        if self.device.type == "cpu":
             yield
             return
-        with on_device(self.device), torch.get_device_module(self.device).stream(self.stream):
-            yield
+        backend = torch.get_device_module(self.device)
+        with on_device(self.device):
+            if self.stream is None:
+                self.stream = backend.Stream()
+            with backend.stream(self.stream):
+                yield
 
 
 class Lanes:
@@ -57,7 +61,7 @@ class Lanes:
             with self._lock:
                 device = self.devices[self._given % len(self.devices)]
                 self._given += 1
-            found = self._own.lane = _lane(device)
+            found = self._own.lane = Lane(device)
         return found
 
     @contextmanager
@@ -80,13 +84,6 @@ class Lanes:
                 self._first[key] = None
         if not alone:
             yield
-
-
-def _lane(device: torch.device) -> Lane:
-    if device.type == "cpu":
-        return Lane(device, None)
-    with on_device(device):
-        return Lane(device, torch.get_device_module(device).Stream())
 
 
 def lanes_of(context: Context) -> Lanes:

@@ -18,7 +18,7 @@ from ctconvert.errors import UsageError
 from ctconvert.planning.place import readers
 from ctconvert.records import Plan, Shard
 from ctconvert.store.base import Store
-from ctconvert.store.places import JOURNAL, is_empty
+from ctconvert.store.places import JOURNAL
 
 #: What is locked in a share's folder: a file, whose lock other machines see where that can be.
 LOCK = "lock"
@@ -58,22 +58,31 @@ def shares_in(root: Path) -> dict[Share, Path]:
     """The shares that a partial output holds, with their folders."""
     if not root.is_dir():
         return {}
-    found = {}
-    for path in root.iterdir():
-        if (match := _FOLDER.fullmatch(path.name)) and _is_ours(path):
-            found[Share(int(match[1]), int(match[2]))] = path
-    return found
+    each = ((share_at(path), path) for path in root.iterdir())
+    return {share: path for share, path in each if share is not None}
 
 
-def _is_ours(folder: Path) -> bool:
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    return (folder / JOURNAL).is_file() or holds_a_lock_alone(folder)
+def share_at(folder: Path) -> Share | None:
+    """The share that is made in a folder, which another process may have made just now."""
+    match = _FOLDER.fullmatch(folder.name)
+    if match is None or folder.is_symlink() or not folder.is_dir():
+        return None
+    names = _names(folder)
+    ours = names <= {LOCK} or (JOURNAL in names and (folder / JOURNAL).is_file())
+    return Share(int(match[1]), int(match[2])) if ours else None
 
 
 def holds_a_lock_alone(folder: Path) -> bool:
     """Whether nothing was begun in the folder of a share."""
-    return is_empty(folder) or [path.name for path in folder.iterdir()] == [LOCK]
+    return folder.is_dir() and _names(folder) <= {LOCK}
+
+
+def _names(folder: Path) -> set[str]:
+    """What is in a folder, all at once; nothing where it is gone."""
+    try:
+        return {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
 
 
 def shards_of(plan: Plan, share: Share) -> tuple[Shard, ...]:

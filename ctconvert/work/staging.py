@@ -48,7 +48,7 @@ from ctconvert.work.journal import (
     SourceDone,
     read_journal,
 )
-from ctconvert.work.shares import LOCK, Share, holds_a_lock_alone, shares_in
+from ctconvert.work.shares import LOCK, Share, holds_a_lock_alone, share_at, shares_in
 
 _CHECKPOINT = "checkpoint"
 #: Where source files are kept that are fetched from afar.
@@ -368,8 +368,10 @@ def _holds_shares(root: Path) -> bool:
     """Whether it is a partial output in which shares can be made."""
     if not root.is_dir():
         return False
-    shares = {path.name for path in shares_in(root).values()}
-    return (root / JOURNAL).is_file() or {path.name for path in root.iterdir()} <= shares
+    if (root / JOURNAL).is_file():
+        return True
+    # others may come and go meanwhile
+    return all(share_at(path) or not os.path.lexists(path) for path in list(root.iterdir()))
 
 
 def _remove_share(folder: Path) -> None:

@@ -120,11 +120,20 @@ def test_dry_run_as_json(tmp_path: Path) -> None:
     assert module["tensors"][f"{module['name']}.qweight"] == {"dtype": "I32", "shape": [1536, 72]}
 
 
+def test_a_dry_run_counts_the_workers(tmp_path: Path) -> None:
+    found = {}
+    for workers in (2, 8):
+        given = ("-t", "triton", "--dry-run", "--json", "--workers", workers)
+        found[workers] = json.loads(run("repack", EXAMPLE, tmp_path, *given)[1])
+    more = found[8]["peak_memory_bytes"] - found[2]["peak_memory_bytes"]
+    assert more == 6 * (192 << 20)
+
+
 def test_an_outline_is_no_longer_than_the_lists_of_tensors() -> None:
     """Fused or not: every module, source and tensor is in it once or twice, nothing more often."""
     for fuse in (False, True):
         plan = api.plan(EXAMPLE, target="triton", fuse=fuse)
-        found = to_json(outline(plan))
+        found = to_json(outline(plan, 2))
         for module in plan.modules:
             for entry in module.outputs:
                 assert found.count(f'"{entry.name}"'.encode()) == 2

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.changes import flip
+from support.changes import flip, replaced_unseen, rewritten_unseen
 from support.executors import Inline
 from support.models import repack, tree
 
@@ -59,3 +61,21 @@ def test_a_shard_that_is_damaged_on_the_disk(place: Place, threads: bool) -> Non
     executor = Threads(3) if threads else Inline()
     repack(place.model, place.out, executor=executor, resume=True)
     assert place.is_clean
+
+
+@pytest.mark.parametrize("change", [flip, replaced_unseen, rewritten_unseen])
+def test_a_shard_that_changes_after_it_was_read_back(
+    place: Place, change: Callable[[Path], None]
+) -> None:
+    """It is read again, with what was not read yet."""
+
+    def damage() -> None:
+        first = place.finished()[0]
+        read = {job.name for job in reads(executor) if job.file == first}
+        assert len(read) == 6
+        change(place.built / first)
+
+    executor = Inline(damage, 7)
+    with pytest.raises(VerificationError, match="damaged: its bytes have changed"):
+        repack(place.model, place.out, executor=executor)
+    assert not place.out.exists()

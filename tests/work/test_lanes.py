@@ -133,6 +133,22 @@ def test_the_device_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         ctconvert.repack(EXAMPLE, tmp_path / "out", target="cuda", device="cpu", workers=4)
 
 
+def test_the_device_that_has_no_room_to_begin_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program has all of it: the driver says so, not torch's allocator."""
+    fake = Fake(monkeypatch)
+
+    def stream() -> object:
+        if fake.here.device.index == 1:
+            raise torch.AcceleratorError("CUDA error: out of memory\nSearch for")
+        return fake.stream()
+
+    torch.get_device_module(TWO[0]).Stream = stream
+    with pytest.raises(ConversionError, match=r": out of memory on cuda:1; use device='cpu'$"):
+        ctconvert.repack(EXAMPLE, tmp_path / "out", target="cuda", device="cpu", workers=4)
+
+
 def test_a_devices_copies_are_of_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from ctconvert.store.local import LocalStore
     from ctconvert.store.safetensors import read_header
@@ -182,7 +198,7 @@ def test_the_first_of_a_kind_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_on_the_cpu_nobody_waits() -> None:
     shared = Lanes("cpu")
-    assert shared.mine() == Lane(torch.device("cpu"), None)
+    assert shared.mine() == Lane(torch.device("cpu"))
     both = threading.Barrier(2, timeout=10)
 
     def work(_: int) -> None:

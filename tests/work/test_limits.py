@@ -180,9 +180,11 @@ def test_no_file_stays_open(place: Place) -> None:
     [
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
+        torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
     ],
-    ids=["python", "device", "cpu"],
+    ids=["python", "device", "driver", "triton", "cpu"],
 )
 def test_out_of_memory_is_one_line(place: Place, error: Exception) -> None:
     class Full(WatchedStore):

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from ctconvert import api
 from ctconvert.errors import ConversionError, UsageError
 from ctconvert.records import Shard
 from ctconvert.store.local import LocalStore
-from ctconvert.work.shares import Share, shards_of, share
+from ctconvert.work.shares import LOCK, Share, shards_of, share
 
 if TYPE_CHECKING:
     from .conftest import Place
@@ -112,6 +112,24 @@ def test_processes_at_once_one_killed_midway(place: Place, whole: Whole) -> None
     done = cli.run(*command[3:], *asked, "--commit")
     assert done.code == 0 and "verified" in done.stdout, done.stderr
     assert tree(place.out) == whole and place.is_clean
+
+
+def test_a_share_begins_while_one_looks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After any look at what is there, its folder is there, at first without a lock."""
+    other, listed = place.partial / Share(3, 3).folder, Path.iterdir
+
+    def look(folder: Path) -> Iterator[Path]:
+        found = list(listed(folder))
+        if folder == place.partial:
+            if other.is_dir():
+                (other / LOCK).touch()
+            other.mkdir(exist_ok=True)
+        return iter(found)
+
+    place.partial.mkdir()
+    monkeypatch.setattr(Path, "iterdir", look)
+    make(place, 1, 3)
+    assert (other / LOCK).exists()
 
 
 def test_a_finished_part_is_not_made_twice(place: Place, whole: Whole) -> None:
