@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -179,7 +180,7 @@ def points() -> Iterator[tuple[int, int, int]]:
 
 
 def compile_all(kernels: tuple[str, ...], workers: int, seconds: float, out: Path) -> None:
-    """Fills Triton's cache with every kernel of every candidate, the largest M first to be met."""
+    """Fills Triton's cache with every kernel of every candidate."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     tasks: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for (k, n, m), kernel in product(points(), kernels):
@@ -201,6 +202,8 @@ def compile_all(kernels: tuple[str, ...], workers: int, seconds: float, out: Pat
                     )
                     if failed == 1:
                         print(problem, flush=True)
+        except BrokenProcessPool as error:  # a compiler that aborts takes its process along
+            print(f"compiling ahead stopped: {error}", flush=True)
         except TimeoutError:
             print(f"compiling stopped after {seconds:.0f} s; the rest compiles when it is met")
             pool.shutdown(wait=False, cancel_futures=True)
@@ -346,7 +349,14 @@ def main() -> None:
         until = time.time() + (deadline - time.time()) / (len(kernels) - number)
         command = [sys.executable, __file__, str(options.found), "--kernel", kernel]
         for _ in range(5):
-            code = subprocess.run([*command, "--deadline", str(until)], check=False).returncode
+            try:
+                code = subprocess.run(
+                    [*command, "--deadline", str(until)],
+                    check=False,
+                    timeout=max(30.0, until + 30 - time.time()),
+                ).returncode
+            except subprocess.TimeoutExpired:
+                break
             if code == 0 or time.time() > until:
                 break
             print(f"{kernel}: exit code {code}; again without what it was trying", flush=True)

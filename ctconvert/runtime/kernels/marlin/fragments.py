@@ -28,6 +28,7 @@ from ctconvert.runtime.kernels.wna16.triton import (
     compute_capability,
     count_multiprocessors,
     dot,
+    pairs_of_one,
     store_tile,
     subtract,
     times_scale,
@@ -37,21 +38,39 @@ from ctconvert.runtime.kernels.wna16.triton import (
 from ctconvert.transforms.device import on_device
 
 
-def _unpack_asm(bf16: bool) -> str:
-    """PTX of :func:`_unpack`: pair (k0) s of n3 k3 to outputs 2s and 2s + 1."""
+def _unpack_asm(bf16: bool, scaled: bool = False) -> str:
+    """PTX of :func:`_unpack`: pair (k0) s of n3 k3 to outputs 2s and 2s + 1.
+
+    scaled: less the zero of symmetric codes and times operand 9 or 10, a pair of one scale.
+    """
     magic = 0x43004300 if bf16 else 0x64006400
-    lines = [".reg .b32 a, t;", "mov.b32 a, $8;"]
+    kind = "bf16x2" if bf16 else "f16x2"
+    lines = [".reg .b32 a, t, z;", "mov.b32 a, $8;", f"mov.b32 z, {magic + 0x80008:#010x};"]
     for s in range(4):
         if s:
             lines.append("shr.u32 a, a, 4;")
         lines.append(f"lop3.b32 t, a, 0x000f000f, {magic:#010x}, 0xea;")
+        if scaled:
+            lines.append(f"sub.{kind} t, t, z; mul.{kind} t, t, ${9 + s // 2};")
         lines.append(f"mov.b32 {{${2 * s}, ${2 * s + 1}}}, t;")
     return "{ " + " ".join(lines) + " }"
 
 
 UNPACK_BF16 = tl.constexpr(_unpack_asm(True))
 UNPACK_F16 = tl.constexpr(_unpack_asm(False))
+SCALED_BF16 = tl.constexpr(_unpack_asm(True, True))
+SCALED_F16 = tl.constexpr(_unpack_asm(False, True))
 OPERANDS = tl.constexpr("=h," * 8 + "r")
+OPERANDS_SCALED = tl.constexpr("=h," * 8 + "r,r,r")
+
+
+@triton.jit
+def _join(o):
+    """Of the pairs s of n3 k3: [..., k0, k3, n3]."""
+    return tl.join(
+        tl.join(tl.join(o[0], o[1]), tl.join(o[2], o[3])),
+        tl.join(tl.join(o[4], o[5]), tl.join(o[6], o[7])),
+    )
 
 
 @triton.jit
@@ -66,11 +85,27 @@ def _unpack(words, DTYPE: tl.constexpr, PTX: tl.constexpr):
         o = tl.inline_asm_elementwise(
             ASM, OPERANDS, [words], dtype=(tl.int16,) * 8, is_pure=True, pack=1
         )
-        codes = tl.join(
-            tl.join(tl.join(o[0], o[1]), tl.join(o[2], o[3])),
-            tl.join(tl.join(o[4], o[5]), tl.join(o[6], o[7])),
-        ).to(DTYPE, bitcast=True)
+        codes = _join(o).to(DTYPE, bitcast=True)
     return codes
+
+
+@triton.jit
+def _scaled(words, pairs, DTYPE: tl.constexpr):
+    """Words [...] of symmetric codes, and the scales of both n3 -> weights [..., k0, k3, n3].
+
+    In one piece of PTX: the compiler would make a pair of one scale anew for each two weights.
+    """
+    scale0, scale1 = pairs_of_one(pairs)
+    ASM: tl.constexpr = SCALED_BF16 if tl.bfloat16 == DTYPE else SCALED_F16
+    o = tl.inline_asm_elementwise(
+        ASM,
+        OPERANDS_SCALED,
+        [words, scale0, scale1],
+        dtype=(tl.int16,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+    return _join(o).to(DTYPE, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["M", "per"])
@@ -114,6 +149,14 @@ def _fragments_kernel(
     pair_in_tile = block * 32 + g * 4 + n5 * 2 + n4 + k0 * 0  # of n3, neighbours where scales are
     zero_in_tile = block * 8 + g + (n5 + n4 + k0) * 0
     zero_shift = (n5 * 2 + n4) * 4 + (block + g + k0) * 0
+    # On the axes of the words alone, where one piece of PTX does all.
+    FUSED: tl.constexpr = (
+        qzeros_ptr is None and PTX >= 90 and GROUP > 0 and not SCALE_SUM and SCALE == DTYPE
+    )
+    pair_of_word = tl.arange(0, BLOCKS)[None, :, None, None, None, None] * 32
+    pair_of_word += tl.arange(0, 8)[None, None, :, None, None, None] * 4
+    pair_of_word += tl.arange(0, 2)[None, None, None, None, :, None] * 2
+    pair_of_word += tl.arange(0, 2)[None, None, None, None, None, :]
     # The same along the rows of the product.
     row = tl.arange(0, BN)
     row_n4 = row // (32 * BLOCKS)
@@ -149,33 +192,39 @@ def _fragments_kernel(
                 words = tl.load(qweight + t * (2 * N) + c, mask=inside, other=0)
                 a = tl.load(x + m.to(tl.int64) * K + k, mask=(m < M) & (k < K), other=0.0)
             words = tl.reshape(words, [KT, BLOCKS, 8, 4, 2, 2])
-            weight = _unpack(words, DTYPE, PTX)
-            BIAS: tl.constexpr = 0 if PTX == 0 else (128 if tl.bfloat16 == DTYPE else 1024)
-            if qzeros_ptr is None:
-                zero = tl.full([1] * 9, 8 + BIAS, tl.int32)
+            if FUSED:
+                pair = tile_n * (BN // 2) + pair_of_word
+                pairs_ptr = scales_ptr.to(tl.pointer_type(tl.int32)) + group * (N // 2)
+                pairs = tl.load(pairs_ptr + pair, mask=pair < N // 2, other=0)
+                weight = _scaled(words, pairs, DTYPE)
             else:
-                at_zero = tile_n * (8 * BLOCKS) + zero_in_tile
-                zero = tl.load(
-                    qzeros_ptr + group * (N // 8) + at_zero, mask=at_zero < N // 8, other=0
-                )
-                zero = tl.join(zero >> zero_shift, zero >> (zero_shift + 16)) & 15
-                zero += BIAS
-            if PTX:
-                zero = zero.to(tl.float32).to(DTYPE)
-            weight = subtract(weight, zero, DTYPE, PTX)
-            if GROUP > 0 and not SCALE_SUM:
-                pair = tile_n * (BN // 2) + pair_in_tile
-                if SCALE.primitive_bitwidth == 16:
-                    pairs_ptr = scales_ptr.to(tl.pointer_type(tl.int32)) + group * (N // 2)
-                    pairs = tl.load(pairs_ptr + pair, mask=pair < N // 2, other=0)
-                    scale = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
-                    scale = scale.to(SCALE, bitcast=True)
+                weight = _unpack(words, DTYPE, PTX)
+                BIAS: tl.constexpr = 0 if PTX == 0 else (128 if tl.bfloat16 == DTYPE else 1024)
+                if qzeros_ptr is None:
+                    zero = tl.full([1] * 9, 8 + BIAS, tl.int32)
                 else:
-                    n = tl.expand_dims(pair * 2, 8) + tl.arange(0, 2)
-                    scale = tl.load(scales_ptr + group * N + n, mask=n < N, other=0.0)
-                weight = times_scale(weight, scale, DTYPE, PTX)
-            elif PTX == 0:
-                weight = weight.to(tl.float32).to(DTYPE)
+                    at_zero = tile_n * (8 * BLOCKS) + zero_in_tile
+                    zero = tl.load(
+                        qzeros_ptr + group * (N // 8) + at_zero, mask=at_zero < N // 8, other=0
+                    )
+                    zero = tl.join(zero >> zero_shift, zero >> (zero_shift + 16)) & 15
+                    zero += BIAS
+                if PTX:
+                    zero = zero.to(tl.float32).to(DTYPE)
+                weight = subtract(weight, zero, DTYPE, PTX)
+                if GROUP > 0 and not SCALE_SUM:
+                    pair = tile_n * (BN // 2) + pair_in_tile
+                    if SCALE.primitive_bitwidth == 16:
+                        pairs_ptr = scales_ptr.to(tl.pointer_type(tl.int32)) + group * (N // 2)
+                        pairs = tl.load(pairs_ptr + pair, mask=pair < N // 2, other=0)
+                        scale = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+                        scale = scale.to(SCALE, bitcast=True)
+                    else:
+                        n = tl.expand_dims(pair * 2, 8) + tl.arange(0, 2)
+                        scale = tl.load(scales_ptr + group * N + n, mask=n < N, other=0.0)
+                    weight = times_scale(weight, scale, DTYPE, PTX)
+                elif PTX == 0:
+                    weight = weight.to(tl.float32).to(DTYPE)
             if BM < 16:
                 # No wgmma: Triton gives a lane four neighbours along K, so they must be its own.
                 weight = tl.permute(weight, (5, 1, 4, 8, 2, 0, 3, 7, 6))
@@ -222,7 +271,10 @@ def _fragments_kernel(
 
 
 class Fragments(NamedTuple):
-    """Tiles of this kernel. ``programs`` are a multiprocessor's; 0: a program a tile."""
+    """Tiles of this kernel. ``programs`` are a multiprocessor's; 0: a program a tile.
+
+    With zero points ``scale_sum`` is slow: Triton then passes the weight through shared memory.
+    """
 
     block_m: int
     blocks: int  # of 64 columns

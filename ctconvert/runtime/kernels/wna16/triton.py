@@ -104,6 +104,71 @@ MULTIPLY_BF16_FMA = tl.constexpr(
 )
 
 
+def _scaled_asm(bf16: bool) -> str:
+    """PTX of :func:`_scaled`: as of 4 bits above, less 8, times operand 11 + j."""
+    magic = 0x43004300 if bf16 else 0x64006400
+    kind = "bf16x2" if bf16 else "f16x2"
+    lines = [
+        ".reg .b32 a, t, z;",
+        "prmt.b32 a, $8, $9, $10;",
+        f"mov.b32 z, {magic + 0x80008:#010x};",
+    ]
+    for j in range(4):
+        if j:
+            lines.append("shr.u32 a, a, 4;")
+        lines.append(f"lop3.b32 t, a, 0x000f000f, {magic:#010x}, 0xea;")
+        lines.append(f"sub.{kind} t, t, z; mul.{kind} t, t, ${11 + j};")
+        lines.append(f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, t;")
+    return "{ " + " ".join(lines) + " }"
+
+
+SCALED_BF16 = tl.constexpr(_scaled_asm(True))
+SCALED_F16 = tl.constexpr(_scaled_asm(False))
+OPERANDS_SCALED = tl.constexpr("=h," * 8 + "r,r,r,r,r,r,r")
+
+
+@triton.jit
+def pairs_of_one(pairs):
+    """Words of two 16-bit values -> words of the lower twice, and of the upper twice."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $2, $2, 0x1010; prmt.b32 $1, $2, $2, 0x3232;",
+        "=&r,=r,r",
+        [pairs],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _scaled(low, high, pairs01, pairs23, DTYPE: tl.constexpr):
+    """4-bit words as :func:`_unpack` takes them, symmetric, and the scales of their half words
+    [..., half] -> weights [..., half, row, j / 2, j % 2].
+
+    In one piece of PTX: the compiler would make a pair of one scale anew for each two weights.
+    """
+    half = tl.arange(0, 2)
+    AXIS: tl.constexpr = len(low.shape)
+    low = tl.expand_dims(low, AXIS)
+    high = tl.expand_dims(high, AXIS)
+    scale0, scale1 = pairs_of_one(pairs01)
+    scale2, scale3 = pairs_of_one(pairs23)
+    ASM: tl.constexpr = SCALED_BF16 if tl.bfloat16 == DTYPE else SCALED_F16
+    o = tl.inline_asm_elementwise(
+        ASM,
+        OPERANDS_SCALED,
+        [low, high, half * 0x2222 + 0x5410, scale0, scale1, scale2, scale3],
+        dtype=(tl.int16,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+    weight = tl.join(
+        tl.join(tl.join(o[0], o[1]), tl.join(o[4], o[5])),
+        tl.join(tl.join(o[2], o[3]), tl.join(o[6], o[7])),
+    )
+    return weight.to(DTYPE, bitcast=True)
+
+
 @triton.jit
 def _unpack(low, high, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """Words [...] of rows k and k + 1 -> [..., half, row, bits of j]: 16 / BITS codes a half word.
@@ -302,7 +367,8 @@ def _gemm_kernel(
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
     SCALE_SUM: tl.constexpr,  # the scale multiplies the f32 partial sum, else the weight
-    OVERLAP: tl.constexpr,  # unpacks 16 rows while those before are multiplied (one piece, sm_90)
+    # Unpacks 16 rows while those before are multiplied (one piece, not SCALE_SUM, sm_90).
+    OVERLAP: tl.constexpr,
     PTX: tl.constexpr,  # compute capability x 10 of an NVIDIA GPU, 0: plain Triton
 ):
     F2: tl.constexpr = 16 // BITS
@@ -323,6 +389,9 @@ def _gemm_kernel(
     j = tl.arange(0, F2 // 2)[None, None, None, None, None, None, None, :]
     pair_in_tile = (word_in_tile[:, :, :, :, :, None, None, None] * 2 + half) * (F2 // 2) + j
     pair_in_tile += row * 0
+    # On the axes of half words alone, where one piece of PTX does all.
+    FUSED: tl.constexpr = OVERLAP and BITS == 4 and qzeros_ptr is None and SCALE == DTYPE
+    pair_of_half = tl.expand_dims(word_in_tile, 5) * 4 + tl.arange(0, 2) * 2
     n_in_tile = tl.arange(0, BN)
     steps = tl.cdiv(K, BK * PIECES)
     tiles_m = tl.cdiv(M, BM)
@@ -357,12 +426,19 @@ def _gemm_kernel(
                     a = fake_quant_tile(a, load_scale(input_scale_ptr, DTYPE))
                 words = tl.reshape(words, [BK // 16, 2, 4, 2, BLOCKS, 8])
                 low, high = tl.split(tl.permute(words, (2, 4, 0, 1, 5, 3)))
-                zero = None
-                if qzeros_ptr is not None:
-                    c = tile_n * BW + word_in_tile
-                    zero = tl.load(qzeros_ptr + group * WORDS + c, mask=c < WORDS, other=0)
-                weight = _unpack(low, high, BITS, DTYPE, PTX)
-                weight = _minus_zero(weight, zero, BITS, DTYPE, PTX)
+                if FUSED:
+                    pair = tile_n * (BN // 2) + pair_of_half
+                    pairs_ptr = scales_ptr.to(tl.pointer_type(tl.int32)) + group * (N // 2)
+                    pairs01 = tl.load(pairs_ptr + pair, mask=pair < N // 2, other=0)
+                    pairs23 = tl.load(pairs_ptr + pair + 1, mask=pair < N // 2, other=0)
+                    weight = _scaled(low, high, pairs01, pairs23, DTYPE)
+                else:
+                    zero = None
+                    if qzeros_ptr is not None:
+                        c = tile_n * BW + word_in_tile
+                        zero = tl.load(qzeros_ptr + group * WORDS + c, mask=c < WORDS, other=0)
+                    weight = _unpack(low, high, BITS, DTYPE, PTX)
+                    weight = _minus_zero(weight, zero, BITS, DTYPE, PTX)
                 weight = tl.reshape(weight, [4, BLOCKS, BK // 16, 2, 8, 2, 2, F2 // 2, 2])
                 if SCALE_SUM:
                     n = tile_n * BN + n_in_tile
@@ -377,7 +453,7 @@ def _gemm_kernel(
                     scale = tl.reshape(tl.permute(scale, (3, 0, 2, 4, 1)), [BN, 1])
                     if PTX == 0:
                         weight = weight.to(tl.float32).to(DTYPE)
-                else:
+                elif not FUSED:
                     pair = tile_n * (BN // 2) + pair_in_tile
                     if SCALE.primitive_bitwidth == 16:
                         pairs_ptr = scales_ptr.to(tl.pointer_type(tl.int32)) + group * (N // 2)
