@@ -10,7 +10,8 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 from ctconvert.errors import UsageError
 from ctconvert.work.jobs import Context, Done, Job
@@ -44,14 +45,17 @@ class Threads(Executor):
 
     def run(self, jobs: Iterable[Job], context: Context) -> Generator[Done, None, None]:
         pool = ThreadPoolExecutor(self.workers)
-        running: set[Future[Done]] = set()
+        ended: SimpleQueue[Done | BaseException] = SimpleQueue()
+        running = 0
         try:
             for job in jobs:
-                running.add(pool.submit(job.run, context))
-                while len(running) > 2 * self.workers:
-                    running = yield from _finished(running)
-            while running:
-                running = yield from _finished(running)
+                pool.submit(_run, job, context, ended)
+                running += 1
+                while running > 2 * self.workers:
+                    yield _next(ended)
+                    running -= 1
+            for _ in range(running):
+                yield _next(ended)
         finally:
             context.stop()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -60,12 +64,23 @@ class Threads(Executor):
                 torch.set_num_threads(torch.get_num_threads())
 
 
-def _finished(running: set[Future[Done]]) -> Generator[Done, None, set[Future[Done]]]:
-    """Gives what is done and returns the rest; wakes often, so that a signal is noticed."""
-    done, left = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-    for future in done:
-        yield future.result()
-    return left
+def _run(job: Job, context: Context, ended: SimpleQueue[Done | BaseException]) -> None:
+    try:
+        ended.put(job.run(context))
+    except BaseException as error:  # noqa: BLE001 (raised in the caller's thread)
+        ended.put(error)
+
+
+def _next(ended: SimpleQueue[Done | BaseException]) -> Done:
+    """What ended next.
+
+    Futures are not waited for: a signal in the midst of that leaves their locks taken, for which
+    the workers would then wait for ever.
+    """
+    found = ended.get()
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 def worker_count(workers: int | None) -> int:

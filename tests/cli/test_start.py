@@ -82,7 +82,7 @@ def test_the_source_is_being_read_before_torch_is_there(tmp_path: Path) -> None:
         "from ctconvert.work import executors\n"
         "submit = executors.ThreadPoolExecutor.submit\n"
         "def note(self, job, *given):\n"
-        "    kind = type(getattr(job, '__self__', None)).__name__\n"
+        "    kind = type(given[0] if given else None).__name__\n"
         "    found.append((kind, 'torch' in sys.modules))\n"
         "    return submit(self, job, *given)\n"
         "found, executors.ThreadPoolExecutor.submit = [], note\n"

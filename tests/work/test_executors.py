@@ -239,3 +239,18 @@ def test_workers_have_one_thread_each_and_leave_the_others_theirs() -> None:
             assert later.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(own)
+
+
+def test_no_lock_of_a_worker_is_taken_in_the_callers_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A signal there, just after it was taken, would leave the worker waiting for ever."""
+    from concurrent.futures import _base
+
+    def taken(self: object) -> None:
+        raise AssertionError("futures are waited for")
+
+    monkeypatch.setattr(_base._AcquireFutures, "__enter__", taken)  # type: ignore[attr-defined]
+    jobs = [HashJob(str(place), "a", 0, 1) for place in range(20)]
+    store = MemoryStore({"a": b"x"})
+    assert len(list(Threads(2).run(jobs, Context(store)))) == 20
