@@ -292,12 +292,10 @@ class Filling:
         self._prints[shard.name] = sink.finish(shard.name)
         self.staging.finished_shard(shard.name, {name: self.hashes[name] for name in shard.tensors})
         if self.check:
-            entries = (self.plan.entries[name] for name in shard.tensors)
-            store = LocalStore(self.staging.folder)  # which opens nothing: it names files
-            self._checks += (
-                replace(check_of(entry, self.hashes[entry.name], store), made=True, counted=False)
-                for entry in entries
-            )
+            path = str(self.staging.folder / shard.name)
+            for name in shard.tensors:
+                job = check_of(self.plan.entries[name], self.hashes[name], path)
+                self._checks.append(replace(job, made=True, counted=False))
         for file in self._readers[shard.name]:
             self._reading[file] -= 1
             self._release(file)

@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from ctconvert.errors import ConversionError
 from ctconvert.records import Convert, Copy, Item, Plan
-from ctconvert.store.base import CHUNK, Store
+from ctconvert.store.base import CHUNK
 from ctconvert.store.safetensors import TensorEntry
 from ctconvert.work.importing import load_torch
 from ctconvert.work.jobs import Context, CopyJob, Done, HashJob, Job, PartJob
@@ -133,9 +133,9 @@ def hash_of(entry: TensorEntry) -> HashJob:
     return HashJob(entry.name, entry.file, entry.offset, entry.nbytes)
 
 
-def check_of(entry: TensorEntry, digest: str, store: Store) -> HashJob:
-    """Reads a tensor of an output, which must have this hash."""
-    what = f"tensor {entry.name} in {store.path(entry.file)}"
+def check_of(entry: TensorEntry, digest: str, path: str) -> HashJob:
+    """Reads a tensor of an output, which must have this hash; ``path`` names its file."""
+    what = f"tensor {entry.name} in {path}"
     return HashJob(entry.name, entry.file, entry.offset, entry.nbytes, digest, what)
 
 

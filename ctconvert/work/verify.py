@@ -55,7 +55,9 @@ def verify_output(
         )
         for record in output.whole_files()
     ]
-    jobs += [check_of(entry, manifest.tensors[entry.name], store) for entry in left]
+    jobs += [
+        check_of(entry, manifest.tensors[entry.name], store.path(entry.file)) for entry in left
+    ]
     with closing(store):
         for _ in executor.run(jobs, Context(store, progress=progress)):
             pass
