@@ -43,8 +43,9 @@ class Signals:
 
     def _came(self, number: int, frame: FrameType | None) -> None:
         if self.code is None:
-            self.code = 128 + number
+            # the line first: another signal may come between the two, and finds none decided yet
             self._line = _WORDS[signal.Signals(number)] + self.advice
+            self.code = 128 + number
             raise Stopped
         if self._telling:
             self._again = True
