@@ -117,8 +117,10 @@ def serve(
         "disable_log_stats": True,
     }
     engine = None
-    gc.freeze()  # vLLM collects again and again, all that torch and it have imported
-    with patch("gc.unfreeze"):
+    # vLLM collects again and again, all that torch and it have imported. It freezes its engine too,
+    # which would never be collected then, nor the GPU's memory that it holds.
+    gc.freeze()
+    with patch("gc.freeze"), patch("gc.unfreeze"):
         try:
             engine = LLM(str(folder), **(settings | SMALL | options))
             found = engine.apply_model(inspect) if inspect else None

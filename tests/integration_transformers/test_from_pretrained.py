@@ -24,8 +24,6 @@ from ctconvert.runtime import load_model  # noqa: E402
 
 T5 = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4}
 
-T5 = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4}
-
 INT4 = group_config(weight_args(4, 32))
 SCHEMES = {
     "int4": INT4,
