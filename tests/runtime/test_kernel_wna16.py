@@ -277,6 +277,10 @@ SMALL: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
         {"m": 17, "n": 128, "k": 160, "group": 32, "dtype": F16},
         lambda: tiles(16, 4, 32, 4, 8, 2, 2, False),
     ),
+    "scaled weight, unpacked beside the product": (
+        {"m": 37, "n": 144, "k": 256, "group": 128, "asymmetric": True, "dtype": BF16},
+        lambda: tiles(64, 2, 128, 1, 4, 3, 1, False, True),
+    ),
     "many rows, fake-quantised in and out": (
         {"m": 21, "n": 136, "k": 64, "group": 32, "input_scale": 0.03, "output_scale": 0.09},
         lambda: tiles(32, 2, 32, 1, 4, 3, 0, False),
@@ -467,6 +471,23 @@ def test_ops_are_registered_as_torch_expects() -> None:
 
 
 # --- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_gpu_overlap_changes_no_bit(bits: int, asymmetric: bool) -> None:
+    """Unpacking beside the product reads and writes the same registers: a race would show."""
+    p = Problem(333, 2064, 4096, group=128, bits=bits, asymmetric=asymmetric, dtype=BF16)
+    wide = 2 if bits == 2 else 4
+    for config in ((128, 2, 64, 1, 4, 3, 0), (128, wide, 64, 1, 8, 4, 1), (64, 2, 128, 1, 4, 3, 2)):
+        if bits == 2 and config[0] == 128:
+            continue  # its sums do not fit in registers
+        wanted = p.launch(tiles(*config, False))
+        p.check(wanted)
+        for _ in range(5):
+            assert torch.equal(p.launch(tiles(*config, False, True)), wanted)
 
 
 @pytest.mark.gpu
