@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +191,53 @@ def test_fragments_recover_the_weight_exactly_and_sort() -> None:
             *on_device(x, qweight, scales, qzeros, order), None, **shape, config=config
         )
         assert torch.equal(out.cpu(), (x.double()[:, order.long()] @ weight.t()).half())
+
+
+def test_fragments_chosen_suit_every_shape() -> None:
+    groups = (0, 16, 32, 48, 64, 128, 4096)
+    for m, (n, k), group, zeros, sms in itertools.product(
+        (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 192, 193, 256, 257, 300, 1024, 5000),
+        ((64, 4096), (4096, 4096), (28672, 4096), (8192, 8192)),
+        groups,
+        (False, True),
+        (1, 132),
+    ):
+        config = fragments.select(m, n, k, group, zeros, sms)
+        if config is None:
+            assert m > 256
+            continue
+        assert group % config.block_k == 0
+        assert config.block_k % 16 == 0
+        assert not (config.scale_sum and (zeros or config.overlap))
+        assert config.block_m * 64 * config.blocks // config.warps // 32 <= 128
+        assert config.block_m >= min(m, 64)
+    assert fragments.select(1024, 4096, 4096, 128, False, 132) is not None
+    assert fragments.select(512, 4096, 4096, 128, False, 132) is None
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("m", [3, 12, 30, 70, 150, 300])
+def test_chosen_fragments_equal_the_reference(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Hopper GPU of few multiprocessors."""
+    chosen = []
+
+    def select(*arguments: Any) -> Fragments | None:
+        chosen.append(fragments_select(*arguments[:-1], 2))
+        return chosen[-1]
+
+    fragments_select = fragments.select
+    monkeypatch.setattr(fragments, "select", select)
+    monkeypatch.setattr(triton, "compute_capability", lambda _: 90)
+    torch.manual_seed(m)
+    n, k, group = 192, 256, (64, 128)[m % 2] if m != 12 else -1
+    qweight, scales, qzeros, weight = make(4, n, k, group, m in (30, 300), torch.bfloat16)
+    x, bias = torch.randn(m, k).bfloat16(), torch.randn(n).bfloat16()
+    arguments = on_device(x, qweight, scales, qzeros, None, bias)
+    shape = {"bits": 4, "n": n, "k": k, "group_size": k if group == -1 else group}
+    out = triton.gemm(*arguments, **shape)
+    assert len(chosen) == 1
+    assert (chosen[0] is None) == (m > 256)  # dequantised first
+    assert relative_error(out, x.double() @ weight.t() + bias.double()) < 1e-2
 
 
 @pytest.mark.parametrize("kernel", ["wna16", "marlin"])

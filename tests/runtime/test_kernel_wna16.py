@@ -345,16 +345,22 @@ def test_tiles_do_not_cross_a_scale_group() -> None:
 def test_selection_suits_every_shape() -> None:
     from ctconvert.runtime.kernels.wna16 import triton as triton_part
 
-    for m, bits, group, sms in itertools.product(
-        (1, 8, 9, 16, 17, 64, 65, 300, 5000), (2, 4, 8), (16, 24, 32, 48, 64, 128, 4096), (1, 132)
+    for m, bits, group, sms, n in itertools.product(
+        (1, 8, 9, 16, 17, 64, 65, 200, 300, 600, 5000),
+        (2, 4, 8),
+        (16, 24, 32, 48, 64, 128, 4096),
+        (1, 132),
+        (4096, 16384, 28672),
     ):
         for config in (
-            triton_part.select(m, 4096, 4096, bits, group, sms),
+            triton_part.select(m, n, 4096, bits, group, sms),
             triton_part.select_elsewhere(m, group, bits),
         ):
             if isinstance(config, triton_part.Tiles):
                 assert group % config.block_k == 0
                 assert config.block_k % 16 == 0
+                assert not (config.overlap and (config.scale_sum or config.pieces > 1))
+                assert config.block_m * config.blocks * 256 // bits // config.warps // 32 <= 128
                 assert config.block_m >= min(m, 64) or bits == 2
                 # Eight words and a half word a warp: fewer would move codes between threads.
                 assert config.blocks * 2 >= config.warps

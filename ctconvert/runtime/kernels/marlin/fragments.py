@@ -24,10 +24,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ctconvert.runtime.kernels.wna16.triton import (
     COUNTERS,
+    FEWEST_ROWS,
     combine,
     compute_capability,
     count_multiprocessors,
+    dense_costs_less,
     dot,
+    largest_part,
     pairs_of_one,
     store_tile,
     subtract,
@@ -284,6 +287,43 @@ class Fragments(NamedTuple):
     programs: int
     scale_sum: bool
     overlap: bool = False  # Hopper, the scale not on the sum
+
+
+#: What a 128 x 128 tile takes for 64 of K, as ``dense_costs_less`` counts.
+_STEP_SECONDS = 0.87e-6
+
+
+def select(
+    m: int, n: int, k: int, group_size: int, zeros: bool, multiprocessors: int
+) -> Fragments | None:
+    """Tiles for [m, k] x [n, k] on a Hopper GPU; None: dequantise first.
+
+    ``group_size`` is 0 where a scale is a whole column's. Measured for groups of 128, bf16 on an
+    H200 (132 multiprocessors; tests/bench/tune_mm.py).
+    """
+    part = largest_part(group_size)
+    small = n * k <= 1 << 24
+    wide = n >= 128 * multiprocessors
+    if m <= 16:
+        rows = FEWEST_ROWS if m <= 8 else 16
+        if small and m > 8:
+            return Fragments(rows, 1, part, 4, 4, 4, not zeros)
+        return Fragments(rows, 2, part, 4, 3 if wide else 4, 4 if wide else 2, not zeros)
+    if m <= 32:
+        return Fragments(32, 2, part, 4, 4, 0 if wide else 2, False)
+    if m <= (128 if small else 64):
+        blocks, stages, programs = (1, 3, 2) if small else (2, 4, 0 if wide else 2)
+        return Fragments(64, blocks, part, 4, stages, programs, False)
+    tiles = -(-n // 128) * -(-m // 128)
+    if m > 256 and dense_costs_less(m, n, k, multiprocessors, _STEP_SECONDS):
+        return None
+    if m > 256 or tiles >= 1.5 * multiprocessors:
+        return Fragments(128, 2, min(part, 64), 4, 4, 0, False, True)
+    if small:
+        return Fragments(64, 2, part, 4, 3, 2, False, True)
+    if m <= 192:
+        return Fragments(64, 2, part, 4, 3, 2, False)
+    return Fragments(256, 2, part, 8, 3, 1, False, True)
 
 
 def gemm(

@@ -41,6 +41,7 @@ from ctconvert.runtime.kernels.marlin.codes import (
 )
 from ctconvert.runtime.kernels.marlin.forms import FORMS, Form
 from ctconvert.runtime.kernels.marlin.fragments import Fragments
+from ctconvert.runtime.kernels.wna16.triton import compute_capability, count_multiprocessors
 from ctconvert.transforms.device import on_device
 
 
@@ -385,7 +386,8 @@ class Dense(NamedTuple):
     """Dequantise to [N, K] in x's dtype, then torch's product."""
 
 
-#: More rows of x than one tile has: one pass that dequantises costs less than doing it for each.
+#: More rows of x than one tile has: one pass that dequantises costs less than doing it for each
+#: (but for ``Fragments``, which choose themselves).
 DENSE_ROWS = 129
 
 
@@ -558,6 +560,11 @@ def _matmul(
         apart = parts == 2 or (weight.factor is not None and x.dtype == torch.float16)
         many = m >= DENSE_ROWS and not apart and experts is None
         config = Dense() if many else _choose(m * parts, n, k, bits, weight.group, x.device, count)
+        if form == FORMS["int4"] and experts is None and compute_capability(x.device) == 90:
+            group = 0 if weight.scale.shape[-2] == 1 else weight.group
+            sms = count_multiprocessors(x.device)
+            found = fragments.select(m, n, k, group, weight.zeros is not None, sms)
+            config = found or Dense()
     if isinstance(config, Dense):
         return _dense(x, weight, index, bias).reshape(*lead, n)
     if isinstance(config, Fragments):

@@ -570,14 +570,31 @@ Config = Tiles | Dense
 FEWEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
 
 
+#: What a 128 x 128 tile takes for 64 of K, two tiles at once on a multiprocessor.
+_STEP_SECONDS = 0.94e-6
+
+
+def dense_costs_less(
+    m: int, n: int, k: int, multiprocessors: int, step_seconds: float = _STEP_SECONDS
+) -> bool:
+    """Whether one pass that dequantises and torch's product take less than the fused kernel.
+
+    By what an H200 was seen to do: whole rounds of 128 x 128 tiles, ``step_seconds`` for 64 of K,
+    beside 3.9 TB/s and 700 TFLOP/s.
+    """
+    rounds = _ceil_div(_ceil_div(m, 128) * _ceil_div(n, 128), 2 * multiprocessors)
+    dense = 2.5 * n * k / 3.9e12 + 2 * m * n * k / 700e12
+    return rounds * _ceil_div(k, 64) * step_seconds > dense
+
+
 def select(m: int, n: int, k: int, bits: int, group_size: int, multiprocessors: int) -> Config:
     """The kernel and its tiles for one problem on a Hopper GPU.
 
-    Measured for groups of 128, bf16 on an H200 (132 multiprocessors).
+    Measured for groups of 128, bf16 on an H200 (132 multiprocessors; tests/bench/tune_mm.py).
     """
-    part = next((p for p in (128, 64, 32, 16) if group_size % p == 0), 0)
+    part = largest_part(group_size)
     wide_n = n >= 128 * multiprocessors
-    if not part or m > (768 if wide_n else 384):
+    if not part or (m > (768 if wide_n else 384) and bits != 4):
         return Dense()
     narrow, wide = {2: (2, 2), 4: (2, 4), 8: (4, 4)}[bits]  # 128 and 256 columns where they fit
     if m <= 16 and n * k <= 1 << 24 and bits == 4:
@@ -590,15 +607,40 @@ def select(m: int, n: int, k: int, bits: int, group_size: int, multiprocessors: 
     half = min(part, 64)  # for the tiles that fill the registers
     if bits == 2 and m > 32:
         return Tiles(64, narrow, half, 1, 4, 3, 0 if wide_n else 2, False)
+    if m <= 32:
+        return Tiles(32, narrow, part, 1, 4, 3, 0 if wide_n else 2, False)
+    if bits == 4:
+        return _select_int4(m, n, k, part, half, multiprocessors)
     if m <= 64:
-        return Tiles(32 if m <= 32 else 64, narrow, part, 1, 4, 3, 0 if wide_n else 2, False)
+        return Tiles(64, narrow, part, 1, 4, 3, 0 if wide_n else 2, False)
     if _ceil_div(n, 128) * _ceil_div(m, 128) >= 2 * multiprocessors:
         return Tiles(128, narrow, half, 1, 4, 3, 0, False)
     if bits == 8 and m > 128:
         return Dense()
-    if n * k >= 1 << 25 and bits == 4:
-        return Tiles(128, wide, half, 2, 8, 3, 1, False)
     return Tiles(64, narrow, part, 1, 4, 3, 2, False)
+
+
+def _select_int4(m: int, n: int, k: int, part: int, half: int, multiprocessors: int) -> Config:
+    """More than 32 rows of x."""
+    small = n * k <= 1 << 24
+    if m <= 64:
+        programs = 0 if n >= 128 * multiprocessors else 1 if small else 2
+        return Tiles(64, 2, part, 1, 4, 3 if small else 4, programs, False, True)
+    many = _ceil_div(n, 128) * _ceil_div(m, 128) >= 1.5 * multiprocessors
+    if m > (256 if many else 384):
+        if dense_costs_less(m, n, k, multiprocessors):
+            return Dense()
+        many = True
+    if many:
+        return Tiles(128, 2, half, 1, 4, 4, 0, False)
+    if m <= 192 or small:
+        return Tiles(64, 2, part, 1, 4, 4, 2, False, True)
+    return Tiles(128, 4, part, 1, 8, 4, 1, False, True)
+
+
+def largest_part(group_size: int) -> int:
+    """Rows of K a step, which divide the group (0: any do); 0 where none do."""
+    return next((part for part in (128, 64, 32, 16) if group_size % part == 0), 0)
 
 
 def select_elsewhere(m: int, group_size: int, bits: int) -> Config:
