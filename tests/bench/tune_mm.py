@@ -8,8 +8,8 @@ candidate is checked against float64 on a sample of the result, timed for 3 ms, 
 a CUDA graph, a cold L2 cache. Every figure is a line of FOUND.jsonl at once; a run again takes up
 where one stopped. A process that a candidate kills is started again without it.
 
-The choice lives in ``select`` (``ctconvert/runtime/kernels/wna16/triton.py``) and in ``_choose``
-and ``_matmul`` (``ctconvert/runtime/kernels/marlin/triton.py``).
+The choice lives in ``select`` of ``ctconvert/runtime/kernels/wna16/triton.py`` and of
+``marlin/fragments.py`` beside it.
 """
 
 from __future__ import annotations
@@ -170,8 +170,7 @@ def is_split(config: Any, k: int, n: int, m: int, sms: int) -> bool:
     block_n = 64 * config.blocks
     tiles = -(-n // block_n) * -(-m // config.block_m)
     steps = -(-k // (config.block_k * getattr(config, "pieces", 1)))
-    per = -(-tiles * steps // (config.programs * sms if config.programs else tiles))
-    return per % steps != 0
+    return wna16.steps_a_program(tiles, steps, config.programs * sms) % steps != 0
 
 
 def points() -> Iterator[tuple[int, int, int]]:

@@ -204,7 +204,7 @@ def test_fragments_chosen_suit_every_shape() -> None:
     ):
         config = fragments.select(m, n, k, group, zeros, sms)
         if config is None:
-            assert m > 256
+            assert m > (256 if fragments.largest_part(group) > 32 else 128)
             continue
         assert group % config.block_k == 0
         assert config.block_k % 16 == 0

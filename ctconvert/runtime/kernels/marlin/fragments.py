@@ -32,6 +32,7 @@ from ctconvert.runtime.kernels.wna16.triton import (
     dot,
     largest_part,
     pairs_of_one,
+    steps_a_program,
     store_tile,
     subtract,
     times_scale,
@@ -289,41 +290,55 @@ class Fragments(NamedTuple):
     overlap: bool = False  # Hopper, the scale not on the sum
 
 
-#: What a 128 x 128 tile takes for 64 of K, as ``dense_costs_less`` counts.
-_STEP_SECONDS = 0.87e-6
-
-
 def select(
     m: int, n: int, k: int, group_size: int, zeros: bool, multiprocessors: int
 ) -> Fragments | None:
     """Tiles for [m, k] x [n, k] on a Hopper GPU; None: dequantise first.
 
-    ``group_size`` is 0 where a scale is a whole column's. Measured for groups of 128, bf16 on an
-    H200 (132 multiprocessors; tests/bench/tune_mm.py).
+    ``group_size`` is 0 where a scale is a whole column's. Measured in bf16 on an H200 (132
+    multiprocessors; tests/bench/tune_mm.py), for groups of 128 most.
     """
     part = largest_part(group_size)
     small = n * k <= 1 << 24
     wide = n >= 128 * multiprocessors
     if m <= 16:
-        rows = FEWEST_ROWS if m <= 8 else 16
-        if small and m > 8:
-            return Fragments(rows, 1, part, 4, 4, 4, not zeros)
-        return Fragments(rows, 2, part, 4, 3 if wide else 4, 4 if wide else 2, not zeros)
+        return _select_few(m, part, zeros, small, wide)
     if m <= 32:
-        return Fragments(32, 2, part, 4, 4, 0 if wide else 2, False)
-    if m <= (128 if small else 64):
-        blocks, stages, programs = (1, 3, 2) if small else (2, 4, 0 if wide else 2)
-        return Fragments(64, blocks, part, 4, stages, programs, False)
-    tiles = -(-n // 128) * -(-m // 128)
-    if m > 256 and dense_costs_less(m, n, k, multiprocessors, _STEP_SECONDS):
-        return None
-    if m > 256 or tiles >= 1.5 * multiprocessors:
+        return Fragments(32, 2, part, 4, 4, 3 if part <= 32 else 0 if wide else 2, False)
+    if small and m <= 128:
+        if (m <= 64 and part <= 32) or (m > 64 and part <= 64) or zeros:
+            return Fragments(64, 2, part, 4, 4, 2, False, True)
+        return Fragments(64, 1, part, 4, 3, 2, False)
+    if m <= 64:
+        return Fragments(64, 2, part, 4, 4, 0 if wide else 2, False)
+    many = -(-n // 128) * -(-m // 128) >= 1.5 * multiprocessors
+    if m > (128 if part <= 32 else 256):
+        # What a step takes with more scales, and with zero points.
+        step = 0.87e-6 * {16: 2.5, 32: 1.34}.get(part, 1) * (1.13 if zeros else 1)
+        if (part <= 32 and not many) or dense_costs_less(m, n, k, multiprocessors, step):
+            return None
+        many = True
+    if many:
         return Fragments(128, 2, min(part, 64), 4, 4, 0, False, True)
-    if small:
-        return Fragments(64, 2, part, 4, 3, 2, False, True)
-    if m <= 192:
-        return Fragments(64, 2, part, 4, 3, 2, False)
+    if m <= 192 or small:
+        return Fragments(64, 2, part, 4, 3, 2, False, small or part <= 64)
+    if zeros:
+        return Fragments(128, 4, part, 8, 3, 1, False, True)
     return Fragments(256, 2, part, 8, 3, 1, False, True)
+
+
+def _select_few(m: int, part: int, zeros: bool, small: bool, wide: bool) -> Fragments:
+    """Of at most 16 rows of x."""
+    rows = FEWEST_ROWS if m <= 8 else 16
+    if zeros:
+        if not small and part == 128:
+            return Fragments(16, 2, part, 4, 4, 2, False)
+        return Fragments(rows, 2, part, 4, 3 if wide else 4, 4 if wide else 2, False)
+    if small:
+        return Fragments(rows, *((2, part, 4, 4, 2) if m <= 8 else (1, part, 4, 4, 4)), True)
+    if part < 128:
+        return Fragments(rows, 4, part, 4, 4, 2, True)
+    return Fragments(rows, 2, part, 4, 3 if wide else 4, 4 if wide else 2, True)
 
 
 def gemm(
@@ -347,7 +362,7 @@ def gemm(
     block_n = 64 * config.blocks
     tiles = -(-n // block_n) * -(-m // config.block_m)
     steps = -(-k // config.block_k)
-    per = -(-tiles * steps // (config.programs * sms if config.programs else tiles))
+    per = steps_a_program(tiles, steps, config.programs * sms)
     grid = (-(-tiles * steps // per),)
     split = per % steps != 0
     partial: torch.Tensor | None = None

@@ -544,6 +544,21 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def steps_a_program(tiles: int, steps: int, programs: int) -> int:
+    """Steps that each of so many programs takes of tiles of ``steps``; programs = 0: a tile's.
+
+    Where little more makes them a part of one tile, they are: a program that ends one tile and
+    begins the next fills its pipeline and hands in a sum twice.
+    """
+    if programs == 0:
+        return steps
+    per = _ceil_div(tiles * steps, programs)
+    if per >= steps:
+        return per
+    whole = _ceil_div(steps, steps // per)
+    return whole if whole * 16 <= per * 17 else per
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Tiles of the fused kernel: BN = 8 * blocks * f. programs = 0: a program a tile."""
@@ -582,8 +597,9 @@ def dense_costs_less(
     By what an H200 was seen to do: whole rounds of 128 x 128 tiles, ``step_seconds`` for 64 of K,
     beside 3.9 TB/s and 700 TFLOP/s.
     """
-    rounds = _ceil_div(_ceil_div(m, 128) * _ceil_div(n, 128), 2 * multiprocessors)
-    dense = 2.5 * n * k / 3.9e12 + 2 * m * n * k / 700e12
+    rows = _ceil_div(m, 128)
+    rounds = _ceil_div(rows * _ceil_div(n, 128), 2 * multiprocessors)
+    dense = 2.5 * n * k / 3.9e12 + 2 * 128 * rows * n * k / 700e12
     return rounds * _ceil_div(k, 64) * step_seconds > dense
 
 
@@ -780,8 +796,7 @@ def gemm(
     block_n = block_w * (32 // bits)
     tiles = _ceil_div(n, block_n) * _ceil_div(m, config.block_m)
     steps = _ceil_div(k, config.block_k * config.pieces)
-    programs = config.programs * sms if config.programs else tiles
-    per = _ceil_div(tiles * steps, programs)
+    per = steps_a_program(tiles, steps, config.programs * sms)
     grid = (_ceil_div(tiles * steps, per),)
     split = per % steps != 0
     partial: torch.Tensor | None = None
