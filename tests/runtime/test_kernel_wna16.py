@@ -366,6 +366,21 @@ def test_selection_suits_every_shape() -> None:
                 assert config.blocks * 2 >= config.warps
 
 
+def test_runs_of_steps_end_with_tiles_where_little_more_does_it() -> None:
+    from ctconvert.runtime.kernels.wna16.triton import steps_a_program
+
+    assert steps_a_program(64, 128, 0) == 128  # a program a tile
+    assert steps_a_program(128, 128, 264) == 64  # 63 would do
+    assert steps_a_program(192, 128, 264) == 94  # 128 would be a third more
+    assert steps_a_program(448, 64, 264) == 109  # more than a tile
+    for tiles, steps, programs in itertools.product(
+        (1, 7, 64, 300), (1, 5, 32, 224), (1, 132, 396)
+    ):
+        per = steps_a_program(tiles, steps, programs)
+        assert 1 <= per
+        assert per * programs >= tiles * steps
+
+
 # --- fake-quantisation ---------------------------------------------------------------------------
 
 

@@ -28,10 +28,10 @@ from ctconvert.runtime.kernels.wna16.triton import (
     combine,
     compute_capability,
     count_multiprocessors,
-    dense_costs_less,
     dot,
     largest_part,
     pairs_of_one,
+    programs_of_many_rows,
     steps_a_program,
     store_tile,
     subtract,
@@ -315,16 +315,18 @@ def select(
     if m > (128 if part <= 32 else 256):
         # What a step takes with more scales, and with zero points.
         step = 0.87e-6 * {16: 2.5, 32: 1.34}.get(part, 1) * (1.13 if zeros else 1)
-        if (part <= 32 and not many) or dense_costs_less(m, n, k, multiprocessors, step):
+        programs = programs_of_many_rows(m, n, k, multiprocessors, step)
+        if programs is None or (part <= 32 and not many):
             return None
-        many = True
+        return Fragments(128, 2, min(part, 64), 4, 4, programs, False, True)
     if many:
         return Fragments(128, 2, min(part, 64), 4, 4, 0, False, True)
-    if m <= 192 or small:
-        return Fragments(64, 2, part, 4, 3, 2, False, small or part <= 64)
-    if zeros:
-        return Fragments(128, 4, part, 8, 3, 1, False, True)
-    return Fragments(256, 2, part, 8, 3, 1, False, True)
+    if m > 192 and not small:
+        blocks, rows = (4, 128) if zeros else (2, 256)
+        return Fragments(rows, blocks, part, 8, 3, 1, False, True)
+    if 128 < m <= 192 and not zeros and part >= 64:
+        return Fragments(64, 2, 64, 4, 4, 3, False, True)
+    return Fragments(64, 2, part, 4, 3, 2, False, small or part <= 64)
 
 
 def _select_few(m: int, part: int, zeros: bool, small: bool, wide: bool) -> Fragments:

@@ -589,18 +589,24 @@ FEWEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) 
 _STEP_SECONDS = 0.94e-6
 
 
-def dense_costs_less(
+def programs_of_many_rows(
     m: int, n: int, k: int, multiprocessors: int, step_seconds: float = _STEP_SECONDS
-) -> bool:
-    """Whether one pass that dequantises and torch's product take less than the fused kernel.
+) -> int | None:
+    """How 128 x 128 tiles are dealt: 0, a program each; 2 a multiprocessor, each an equal run of
+    steps; None where to dequantise in a pass of its own before torch's product takes less.
 
-    By what an H200 was seen to do: whole rounds of 128 x 128 tiles, ``step_seconds`` for 64 of K,
-    beside 3.9 TB/s and 700 TFLOP/s.
+    By what an H200 was seen to do: ``step_seconds`` for 64 of K, a quarter more where a run ends
+    amid a tile, 11 us to hand sums in; a pass at 3.9 TB/s, a product at 700 TFLOP/s.
     """
-    rows = _ceil_div(m, 128)
-    rounds = _ceil_div(rows * _ceil_div(n, 128), 2 * multiprocessors)
+    rows, steps = _ceil_div(m, 128), _ceil_div(k, 64)
+    tiles = rows * _ceil_div(n, 128)
+    whole = _ceil_div(tiles, 2 * multiprocessors) * steps * step_seconds
+    per = steps_a_program(tiles, steps, 2 * multiprocessors)
+    runs = per * step_seconds * (1.25 if steps % per else 1) + 11e-6
     dense = 2.5 * n * k / 3.9e12 + 2 * 128 * rows * n * k / 700e12
-    return rounds * _ceil_div(k, 64) * step_seconds > dense
+    if dense < min(whole, runs):
+        return None
+    return 0 if whole <= runs else 2
 
 
 def select(m: int, n: int, k: int, bits: int, group_size: int, multiprocessors: int) -> Config:
@@ -643,11 +649,10 @@ def _select_int4(m: int, n: int, k: int, part: int, half: int, multiprocessors: 
         programs = 0 if n >= 128 * multiprocessors else 1 if small else 2
         return Tiles(64, 2, part, 1, 4, 3 if small else 4, programs, False, True)
     many = _ceil_div(n, 128) * _ceil_div(m, 128) >= 1.5 * multiprocessors
-    if m > (256 if many else 384):
-        if dense_costs_less(m, n, k, multiprocessors):
+    if many or m > 384:
+        # Runs that end amid tiles take no less here than the pass of its own.
+        if m > 256 and programs_of_many_rows(m, n, k, multiprocessors) != 0:
             return Dense()
-        many = True
-    if many:
         return Tiles(128, 2, half, 1, 4, 4, 0, False)
     if m <= 192 or small:
         return Tiles(64, 2, part, 1, 4, 4, 2, False, True)
