@@ -28,11 +28,14 @@ from ctconvert.transforms.device import is_out_of_memory, on_device
 _LARGEST_TABLE = 4 << 30
 
 
-def median_seconds(call: Callable[[], Any], device: torch.device, graph: bool = True) -> float:
+def median_seconds(
+    call: Callable[[], Any], device: torch.device, graph: bool = True, milliseconds: int = 100
+) -> float:
     """The median time of a call, on a GPU without the host's part and with a cold L2 cache.
 
     On CUDA the call is captured in a graph, as serving engines run it, so that launching from
-    Python is not what is measured; ``graph=False`` launches it.
+    Python is not what is measured; ``graph=False`` launches it. A GPU repeats it for about
+    ``milliseconds``.
     """
     if device.type == "cpu":
         call()
@@ -48,8 +51,10 @@ def median_seconds(call: Callable[[], Any], device: torch.device, graph: bool = 
     with on_device(device):
         if graph and device.type == "cuda":
             call = _captured(call, device)
-        milliseconds: float = do_bench(call, return_mode="median")
-    return milliseconds / 1e3
+        median: float = do_bench(
+            call, warmup=max(1, milliseconds // 4), rep=milliseconds, return_mode="median"
+        )
+    return median / 1e3
 
 
 def _captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +19,14 @@ from support.tiles import (
     relative_error,
 )
 
-from ctconvert.runtime.kernels.marlin import triton
+from ctconvert.runtime.kernels.marlin import fragments, triton
 from ctconvert.runtime.kernels.marlin.forms import FORMS
+from ctconvert.runtime.kernels.marlin.fragments import Fragments
 from ctconvert.runtime.kernels.marlin.kernel import marlin_gemm
 from ctconvert.runtime.kernels.marlin.reference import marlin_dequantize, tiles_dequantize
 from ctconvert.runtime.kernels.marlin.tiles import marlin_tiles_gemm
 from ctconvert.runtime.kernels.marlin.triton import Config, Dense
+from ctconvert.runtime.kernels.wna16.triton import FEWEST_ROWS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -139,6 +144,144 @@ def test_triton_equals_the_reference(case: int) -> None:
     expected = x.double()[:, columns] @ weight.t() + bias.double()
     assert out.dtype == dtype
     assert relative_error(out, expected) < tolerance
+
+
+#: N, K, group size, zero points, scales' dtype and tiles of the kernel that reads whole fragments.
+FRAGMENTS: tuple[tuple[int, int, int, bool, torch.dtype, Fragments], ...] = (
+    (192, 256, 64, False, torch.float16, Fragments(FEWEST_ROWS, 2, 64, 4, 2, 3, True)),
+    (192, 320, 64, True, torch.bfloat16, Fragments(FEWEST_ROWS, 1, 32, 4, 2, 0, True)),
+    (128, 192, 48, True, torch.float32, Fragments(16, 4, 16, 8, 2, 1, True)),
+    (192, 256, 64, True, torch.float16, Fragments(16, 2, 64, 4, 3, 5, False)),
+    (64, 256, 128, False, torch.bfloat16, Fragments(32, 4, 128, 8, 2, 0, False, True)),
+    (320, 96, 32, True, torch.float32, Fragments(16, 1, 32, 4, 2, 2, False)),
+    (192, 208, -1, True, torch.bfloat16, Fragments(16, 2, 128, 4, 2, 3, False)),
+    (128, 80, -1, False, torch.float32, Fragments(FEWEST_ROWS, 2, 64, 4, 2, 0, True)),
+)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("case", range(len(FRAGMENTS)))
+def test_fragments_equal_the_reference(case: int, tma: bool) -> None:
+    n, k, group_size, zero_point, scale_dtype, config = FRAGMENTS[case]
+    torch.manual_seed(case)
+    qweight, scales, qzeros, weight = make(4, n, k, group_size, zero_point, scale_dtype)
+    m, dtype, tolerance = ((19, torch.float16, 1e-3), (7, torch.bfloat16, 1e-2))[case % 2]
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    out = fragments.gemm(
+        *on_device(x, qweight, scales, qzeros, bias),
+        n=n,
+        group_size=group_size,
+        config=config,
+        tma=tma,
+    )
+    assert out.dtype == dtype
+    assert relative_error(out, x.double() @ weight.t() + bias.double()) < tolerance
+
+
+def test_fragments_recover_the_weight_exactly_and_sort() -> None:
+    torch.manual_seed(0)
+    n, k = 192, 128
+    qweight, scales, qzeros, weight = make(4, n, k, 32, True, torch.float16)
+    x, order = torch.eye(k, dtype=torch.float16)[5:108:3].contiguous(), torch.randperm(k).int()
+    shape = {"bits": 4, "n": n, "k": k, "group_size": 32}
+    for rows, scale_sum in ((FEWEST_ROWS, True), (16, True), (32, False)):
+        config = Fragments(rows, 2, 32, 4, 2, 2, scale_sum)
+        out = triton.gemm(
+            *on_device(x, qweight, scales, qzeros, order), None, **shape, config=config
+        )
+        assert torch.equal(out.cpu(), (x.double()[:, order.long()] @ weight.t()).half())
+
+
+def test_fragments_chosen_suit_every_shape() -> None:
+    groups = (0, 16, 32, 48, 64, 128, 4096)
+    for m, (n, k), group, zeros, sms in itertools.product(
+        (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 192, 193, 256, 257, 300, 1024, 5000),
+        ((64, 4096), (4096, 4096), (28672, 4096), (8192, 8192)),
+        groups,
+        (False, True),
+        (1, 132),
+    ):
+        config = fragments.select(m, n, k, group, zeros, sms)
+        if config is None:
+            assert m > (256 if fragments.largest_part(group) > 32 else 128)
+            continue
+        assert group % config.block_k == 0
+        assert config.block_k % 16 == 0
+        assert not (config.scale_sum and (zeros or config.overlap))
+        assert config.block_m * 64 * config.blocks // config.warps // 32 <= 128
+        assert config.block_m >= min(m, 64)
+    assert fragments.select(1024, 4096, 4096, 128, False, 132) is not None
+    assert fragments.select(512, 4096, 4096, 128, False, 132) is None
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("m", [3, 12, 30, 70, 150, 300])
+def test_chosen_fragments_equal_the_reference(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Hopper GPU of few multiprocessors."""
+    chosen = []
+
+    def select(*arguments: Any) -> Fragments | None:
+        chosen.append(fragments_select(*arguments[:-1], 2))
+        return chosen[-1]
+
+    fragments_select = fragments.select
+    monkeypatch.setattr(fragments, "select", select)
+    monkeypatch.setattr(triton, "compute_capability", lambda _: 90)
+    torch.manual_seed(m)
+    n, k, group = 192, 256, (64, 128)[m % 2] if m != 12 else -1
+    qweight, scales, qzeros, weight = make(4, n, k, group, m in (30, 300), torch.bfloat16)
+    x, bias = torch.randn(m, k).bfloat16(), torch.randn(n).bfloat16()
+    arguments = on_device(x, qweight, scales, qzeros, None, bias)
+    shape = {"bits": 4, "n": n, "k": k, "group_size": k if group == -1 else group}
+    out = triton.gemm(*arguments, **shape)
+    assert len(chosen) == 1
+    assert (chosen[0] is None) == (m > 256)  # dequantised first
+    assert relative_error(out, x.double() @ weight.t() + bias.double()) < 1e-2
+
+
+@pytest.mark.parametrize("kernel", ["wna16", "marlin"])
+def test_tiles_to_try_are_ones_the_kernels_take(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    tune = importlib.import_module("tune_mm")
+    for m in tune.TOKENS:
+        found = tune.candidates(kernel, m)
+        assert len(found) == len(set(found)) > 40
+        for config in found:
+            if isinstance(config, tune.Dense):
+                continue
+            assert tune.GROUP % config.block_k == 0
+            assert not (config.overlap and (config.scale_sum or getattr(config, "pieces", 1) > 1))
+            # Sums and weights of a thread fit in its registers.
+            held = config.block_m * 64 * config.blocks // config.warps // 32
+            assert held <= 128
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_gpu_fragments_beside_the_product_change_no_bit(zero_point: bool) -> None:
+    """Unpacking beside the product reads and writes the same registers: a race would show."""
+    torch.manual_seed(0)
+    m, n, k = 333, 2112, 4096
+    qweight = torch.randint(-(2**31), 2**31, (k // 16, n * 2), dtype=torch.int32)
+    scales = (torch.rand(k // 128, n) * 0.02 + 0.01).bfloat16()
+    qzeros = None
+    if zero_point:
+        qzeros = torch.randint(-(2**31), 2**31, (k // 128, n // 8), dtype=torch.int32)
+    weight = marlin_dequantize(qweight, scales, qzeros, bits=4, n=n, k=k, group_size=128)
+    x = torch.randn(m, k).bfloat16()
+    arguments = on_device(x, qweight, scales, qzeros, None)
+    for tiles in ((128, 4, 64, 8, 3, 1), (256, 2, 64, 8, 3, 1), (64, 2, 128, 4, 3, 2)):
+        config = Fragments(*tiles, False)
+        wanted = fragments.gemm(*arguments, n=n, group_size=128, config=config)
+        assert relative_error(wanted, x.double() @ weight.double().t()) < 5e-3
+        for _ in range(5):
+            overlapped = config._replace(overlap=True)
+            out = fragments.gemm(*arguments, n=n, group_size=128, config=overlapped)
+            assert torch.equal(out, wanted)
 
 
 @pytest.mark.parametrize(("start", "m"), [(1, 40), (2, 3)])

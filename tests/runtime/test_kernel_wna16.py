@@ -277,6 +277,10 @@ SMALL: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
         {"m": 17, "n": 128, "k": 160, "group": 32, "dtype": F16},
         lambda: tiles(16, 4, 32, 4, 8, 2, 2, False),
     ),
+    "scaled weight, unpacked beside the product": (
+        {"m": 37, "n": 144, "k": 256, "group": 128, "asymmetric": True, "dtype": BF16},
+        lambda: tiles(64, 2, 128, 1, 4, 3, 1, False, True),
+    ),
     "many rows, fake-quantised in and out": (
         {"m": 21, "n": 136, "k": 64, "group": 32, "input_scale": 0.03, "output_scale": 0.09},
         lambda: tiles(32, 2, 32, 1, 4, 3, 0, False),
@@ -341,19 +345,39 @@ def test_tiles_do_not_cross_a_scale_group() -> None:
 def test_selection_suits_every_shape() -> None:
     from ctconvert.runtime.kernels.wna16 import triton as triton_part
 
-    for m, bits, group, sms in itertools.product(
-        (1, 8, 9, 16, 17, 64, 65, 300, 5000), (2, 4, 8), (16, 24, 32, 48, 64, 128, 4096), (1, 132)
+    for m, bits, group, sms, n in itertools.product(
+        (1, 8, 9, 16, 17, 64, 65, 200, 300, 600, 5000),
+        (2, 4, 8),
+        (16, 24, 32, 48, 64, 128, 4096),
+        (1, 132),
+        (4096, 16384, 28672),
     ):
         for config in (
-            triton_part.select(m, 4096, 4096, bits, group, sms),
+            triton_part.select(m, n, 4096, bits, group, sms),
             triton_part.select_elsewhere(m, group, bits),
         ):
             if isinstance(config, triton_part.Tiles):
                 assert group % config.block_k == 0
                 assert config.block_k % 16 == 0
+                assert not (config.overlap and (config.scale_sum or config.pieces > 1))
+                assert config.block_m * config.blocks * 256 // bits // config.warps // 32 <= 128
                 assert config.block_m >= min(m, 64) or bits == 2
                 # Eight words and a half word a warp: fewer would move codes between threads.
                 assert config.blocks * 2 >= config.warps
+
+
+def test_runs_of_steps_end_with_tiles_where_little_more_does_it() -> None:
+    from ctconvert.runtime.kernels.wna16.triton import steps_a_program
+
+    assert steps_a_program(64, 128, 0) == 128  # a program a tile
+    assert steps_a_program(128, 128, 264) == 64  # 63 would do
+    assert steps_a_program(192, 128, 264) == 94  # 128 would be a third more
+    assert steps_a_program(448, 64, 264) == 109  # more than a tile
+    for tiles, steps, programs in itertools.product(
+        (1, 7, 64, 300), (1, 5, 32, 224), (1, 132, 396)
+    ):
+        per = steps_a_program(tiles, steps, programs)
+        assert per * programs >= tiles * steps
 
 
 # --- fake-quantisation ---------------------------------------------------------------------------
@@ -467,6 +491,23 @@ def test_ops_are_registered_as_torch_expects() -> None:
 
 
 # --- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_gpu_overlap_changes_no_bit(bits: int, asymmetric: bool) -> None:
+    """Unpacking beside the product reads and writes the same registers: a race would show."""
+    p = Problem(333, 2064, 4096, group=128, bits=bits, asymmetric=asymmetric, dtype=BF16)
+    wide = 2 if bits == 2 else 4
+    for config in ((128, 2, 64, 1, 4, 3, 0), (128, wide, 64, 1, 8, 4, 1), (64, 2, 128, 1, 4, 3, 2)):
+        if bits == 2 and config[0] == 128:
+            continue  # its sums do not fit in registers
+        wanted = p.launch(tiles(*config, False))
+        p.check(wanted)
+        for _ in range(5):
+            assert torch.equal(p.launch(tiles(*config, False, True)), wanted)
 
 
 @pytest.mark.gpu

@@ -30,7 +30,7 @@ import triton.language as tl
 
 from ctconvert.runtime.kernels.fake_quant.triton import narrow
 from ctconvert.runtime.kernels.hardware import has_large_shared_memory, multiprocessors
-from ctconvert.runtime.kernels.marlin import codes
+from ctconvert.runtime.kernels.marlin import codes, fragments
 from ctconvert.runtime.kernels.marlin.codes import (
     INT8,
     both_k,
@@ -40,6 +40,8 @@ from ctconvert.runtime.kernels.marlin.codes import (
     values,
 )
 from ctconvert.runtime.kernels.marlin.forms import FORMS, Form
+from ctconvert.runtime.kernels.marlin.fragments import Fragments
+from ctconvert.runtime.kernels.wna16.triton import compute_capability, count_multiprocessors
 from ctconvert.transforms.device import on_device
 
 
@@ -384,7 +386,8 @@ class Dense(NamedTuple):
     """Dequantise to [N, K] in x's dtype, then torch's product."""
 
 
-#: More rows of x than one tile has: one pass that dequantises costs less than doing it for each.
+#: More rows of x than one tile has: one pass that dequantises costs less than doing it for each
+#: (but for ``Fragments``, which choose themselves).
 DENSE_ROWS = 129
 
 
@@ -540,7 +543,7 @@ def _matmul(
     weight: Weight,
     index: torch.Tensor | None,
     bias: torch.Tensor | None,
-    config: Config | Dense | None,
+    config: Config | Fragments | Dense | None,
     experts: Experts | None = None,
 ) -> torch.Tensor:
     """[..., K] to [..., N]; of experts, [M, K] to [P, N]."""
@@ -557,8 +560,19 @@ def _matmul(
         apart = parts == 2 or (weight.factor is not None and x.dtype == torch.float16)
         many = m >= DENSE_ROWS and not apart and experts is None
         config = Dense() if many else _choose(m * parts, n, k, bits, weight.group, x.device, count)
+        if form == FORMS["int4"] and experts is None and compute_capability(x.device) == 90:
+            group = 0 if weight.scale.shape[-2] == 1 else weight.group
+            sms = count_multiprocessors(x.device)
+            found = fragments.select(m, n, k, group, weight.zeros is not None, sms)
+            config = found or Dense()
     if isinstance(config, Dense):
         return _dense(x, weight, index, bias).reshape(*lead, n)
+    if isinstance(config, Fragments):
+        assert experts is None
+        assert form == FORMS["int4"]
+        x = x if index is None else x.index_select(1, index)
+        made = fragments.gemm(x, *weight[1:4], bias, n=n, group_size=weight.group, config=config)
+        return made.reshape(*lead, n)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     tile = config.tiles_k * 16
     steps = triton.cdiv(triton.cdiv(k, tile), config.splits)
@@ -633,7 +647,7 @@ def gemm(
     n: int,
     k: int,
     group_size: int,
-    config: Config | Dense | None = None,
+    config: Config | Fragments | Dense | None = None,
 ) -> torch.Tensor:
     """``marlin_gemm`` on arguments already checked; ``config`` overrides what is chosen."""
     weight = Weight(FORMS[f"int{bits}"], qweight, scales, qzeros, None, n, group_size)

@@ -104,6 +104,71 @@ MULTIPLY_BF16_FMA = tl.constexpr(
 )
 
 
+def _scaled_asm(bf16: bool) -> str:
+    """PTX of :func:`_scaled`: as of 4 bits above, less 8, times operand 11 + j."""
+    magic = 0x43004300 if bf16 else 0x64006400
+    kind = "bf16x2" if bf16 else "f16x2"
+    lines = [
+        ".reg .b32 a, t, z;",
+        "prmt.b32 a, $8, $9, $10;",
+        f"mov.b32 z, {magic + 0x80008:#010x};",
+    ]
+    for j in range(4):
+        if j:
+            lines.append("shr.u32 a, a, 4;")
+        lines.append(f"lop3.b32 t, a, 0x000f000f, {magic:#010x}, 0xea;")
+        lines.append(f"sub.{kind} t, t, z; mul.{kind} t, t, ${11 + j};")
+        lines.append(f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, t;")
+    return "{ " + " ".join(lines) + " }"
+
+
+SCALED_BF16 = tl.constexpr(_scaled_asm(True))
+SCALED_F16 = tl.constexpr(_scaled_asm(False))
+OPERANDS_SCALED = tl.constexpr("=h," * 8 + "r,r,r,r,r,r,r")
+
+
+@triton.jit
+def pairs_of_one(pairs):
+    """Words of two 16-bit values -> words of the lower twice, and of the upper twice."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $2, $2, 0x1010; prmt.b32 $1, $2, $2, 0x3232;",
+        "=&r,=r,r",
+        [pairs],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _scaled(low, high, pairs01, pairs23, DTYPE: tl.constexpr):
+    """4-bit words as :func:`_unpack` takes them, symmetric, and the scales of their half words
+    [..., half] -> weights [..., half, row, j / 2, j % 2].
+
+    In one piece of PTX: the compiler would make a pair of one scale anew for each two weights.
+    """
+    half = tl.arange(0, 2)
+    AXIS: tl.constexpr = len(low.shape)
+    low = tl.expand_dims(low, AXIS)
+    high = tl.expand_dims(high, AXIS)
+    scale0, scale1 = pairs_of_one(pairs01)
+    scale2, scale3 = pairs_of_one(pairs23)
+    ASM: tl.constexpr = SCALED_BF16 if tl.bfloat16 == DTYPE else SCALED_F16
+    o = tl.inline_asm_elementwise(
+        ASM,
+        OPERANDS_SCALED,
+        [low, high, half * 0x2222 + 0x5410, scale0, scale1, scale2, scale3],
+        dtype=(tl.int16,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+    weight = tl.join(
+        tl.join(tl.join(o[0], o[1]), tl.join(o[4], o[5])),
+        tl.join(tl.join(o[2], o[3]), tl.join(o[6], o[7])),
+    )
+    return weight.to(DTYPE, bitcast=True)
+
+
 @triton.jit
 def _unpack(low, high, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """Words [...] of rows k and k + 1 -> [..., half, row, bits of j]: 16 / BITS codes a half word.
@@ -176,6 +241,12 @@ def _minus_zero(weight, zero, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.c
             zero = zero.to(tl.float32).to(DTYPE)
     else:
         zero = _unpack(zero, zero, BITS, DTYPE, PTX)
+    return subtract(weight, zero, DTYPE, PTX)
+
+
+@triton.jit
+def subtract(weight, zero, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Codes less zero points, of equal bias: int32 without PTX, else DTYPE."""
     if PTX == 0:
         weight = weight - zero
     else:
@@ -189,7 +260,7 @@ def _minus_zero(weight, zero, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.c
 
 
 @triton.jit
-def _times_scale(weight, scale, DTYPE: tl.constexpr, PTX: tl.constexpr):
+def times_scale(weight, scale, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """weight * scale in DTYPE, rounded once."""
     if PTX != 0 and scale.dtype == DTYPE:
         SM90: tl.constexpr = MULTIPLY_BF16 if PTX >= 90 else MULTIPLY_BF16_FMA
@@ -204,7 +275,7 @@ def _times_scale(weight, scale, DTYPE: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc):
+def dot(a, b, acc):
     if INTERPRETED:  # which has no bf16 product
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -212,7 +283,25 @@ def _dot(a, b, acc):
 
 
 @triton.jit
-def _combine(
+def wait_for_products():
+    """Waits for the tensor cores at the end of a step, where Triton has them run on.
+
+    A sum that only the next step's product uses is one that Triton does not wait for; it then cuts
+    the product into 16 rows of the weight each, and the unpacking of the next 16 runs beside them.
+    Without this the next step would write registers that are still read (as below).
+    """
+    tl.inline_asm_elementwise(
+        "{ wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1; }",
+        "=r,r",
+        [tl.zeros([1], tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def combine(
     part, ws_ptr, count_ptr, tile, mine, steps, per, program, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
     """Hand in a partial tile of ``mine`` steps: the whole tile and True for the last to arrive."""
@@ -235,7 +324,9 @@ def _combine(
 
 
 @triton.jit
-def _store(out, out_ptr, bias_ptr, scale_ptr, m0, n0, M, N, ROWS: tl.constexpr, COLS: tl.constexpr):
+def store_tile(
+    out, out_ptr, bias_ptr, scale_ptr, m0, n0, M, N, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     """Bias, rounding and fake-quantisation of a f32 tile [ROWS of M, COLS of N], and the store."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     m = (m0 + tl.arange(0, ROWS))[:, None]
@@ -276,6 +367,8 @@ def _gemm_kernel(
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
     SCALE_SUM: tl.constexpr,  # the scale multiplies the f32 partial sum, else the weight
+    # Unpacks 16 rows while those before are multiplied (one piece, not SCALE_SUM, sm_90).
+    OVERLAP: tl.constexpr,
     PTX: tl.constexpr,  # compute capability x 10 of an NVIDIA GPU, 0: plain Triton
 ):
     F2: tl.constexpr = 16 // BITS
@@ -296,6 +389,9 @@ def _gemm_kernel(
     j = tl.arange(0, F2 // 2)[None, None, None, None, None, None, None, :]
     pair_in_tile = (word_in_tile[:, :, :, :, :, None, None, None] * 2 + half) * (F2 // 2) + j
     pair_in_tile += row * 0
+    # On the axes of half words alone, where one piece of PTX does all.
+    FUSED: tl.constexpr = OVERLAP and BITS == 4 and qzeros_ptr is None and SCALE == DTYPE
+    pair_of_half = tl.expand_dims(word_in_tile, 5) * 4 + tl.arange(0, 2) * 2
     n_in_tile = tl.arange(0, BN)
     steps = tl.cdiv(K, BK * PIECES)
     tiles_m = tl.cdiv(M, BM)
@@ -330,12 +426,19 @@ def _gemm_kernel(
                     a = fake_quant_tile(a, load_scale(input_scale_ptr, DTYPE))
                 words = tl.reshape(words, [BK // 16, 2, 4, 2, BLOCKS, 8])
                 low, high = tl.split(tl.permute(words, (2, 4, 0, 1, 5, 3)))
-                zero = None
-                if qzeros_ptr is not None:
-                    c = tile_n * BW + word_in_tile
-                    zero = tl.load(qzeros_ptr + group * WORDS + c, mask=c < WORDS, other=0)
-                weight = _unpack(low, high, BITS, DTYPE, PTX)
-                weight = _minus_zero(weight, zero, BITS, DTYPE, PTX)
+                if FUSED:
+                    pair = tile_n * (BN // 2) + pair_of_half
+                    pairs_ptr = scales_ptr.to(tl.pointer_type(tl.int32)) + group * (N // 2)
+                    pairs01 = tl.load(pairs_ptr + pair, mask=pair < N // 2, other=0)
+                    pairs23 = tl.load(pairs_ptr + pair + 1, mask=pair < N // 2, other=0)
+                    weight = _scaled(low, high, pairs01, pairs23, DTYPE)
+                else:
+                    zero = None
+                    if qzeros_ptr is not None:
+                        c = tile_n * BW + word_in_tile
+                        zero = tl.load(qzeros_ptr + group * WORDS + c, mask=c < WORDS, other=0)
+                    weight = _unpack(low, high, BITS, DTYPE, PTX)
+                    weight = _minus_zero(weight, zero, BITS, DTYPE, PTX)
                 weight = tl.reshape(weight, [4, BLOCKS, BK // 16, 2, 8, 2, 2, F2 // 2, 2])
                 if SCALE_SUM:
                     n = tile_n * BN + n_in_tile
@@ -350,7 +453,7 @@ def _gemm_kernel(
                     scale = tl.reshape(tl.permute(scale, (3, 0, 2, 4, 1)), [BN, 1])
                     if PTX == 0:
                         weight = weight.to(tl.float32).to(DTYPE)
-                else:
+                elif not FUSED:
                     pair = tile_n * (BN // 2) + pair_in_tile
                     if SCALE.primitive_bitwidth == 16:
                         pairs_ptr = scales_ptr.to(tl.pointer_type(tl.int32)) + group * (N // 2)
@@ -360,16 +463,18 @@ def _gemm_kernel(
                     else:
                         n = tl.expand_dims(pair * 2, 8) + tl.arange(0, 2)
                         scale = tl.load(scales_ptr + group * N + n, mask=n < N, other=0.0)
-                    weight = _times_scale(weight, scale, DTYPE, PTX)
+                    weight = times_scale(weight, scale, DTYPE, PTX)
                 # n' = (j / 2, block, half, j % 2, g), k = (r, h, q, row)
                 weight = tl.permute(weight, (7, 1, 5, 8, 4, 2, 3, 0, 6))
                 weight = tl.reshape(weight, [BN, BK])
                 if SCALE_SUM:
-                    part = _dot(weight, tl.trans(a), tl.zeros([BN, BM], tl.float32))
+                    part = dot(weight, tl.trans(a), tl.zeros([BN, BM], tl.float32))
                     acc += part * scale.to(tl.float32)
                 else:
-                    acc = _dot(weight, tl.trans(a), acc)
-                    if PTX != 0:
+                    acc = dot(weight, tl.trans(a), acc)
+                    if OVERLAP:
+                        wait_for_products()
+                    elif PTX != 0:
                         # An empty use of the sum makes Triton wait for the product here. Left to
                         # itself it lets the next step overwrite the weight's registers while they
                         # are being read (triton-lang/triton#9433; fixed by ptxas 13.3).
@@ -379,13 +484,15 @@ def _gemm_kernel(
         whole = until - begin == steps
         if SPLIT:  # noqa: SIM102 - resolved when compiled: there is no workspace otherwise
             if not whole:
-                acc, whole = _combine(
+                acc, whole = combine(
                     acc, ws_ptr, count_ptr, tile, until - begin, steps, per, program, BN, BM
                 )
         if whole:
             out = tl.reshape(acc, [F2 // 2, BLOCKS, 2, 2, 8, BM])
             out = tl.reshape(tl.permute(out, (5, 1, 4, 2, 0, 3)), [BM, BN])
-            _store(out, out_ptr, bias_ptr, output_scale_ptr, tile_m * BM, tile_n * BN, M, N, BM, BN)
+            store_tile(
+                out, out_ptr, bias_ptr, output_scale_ptr, tile_m * BM, tile_n * BN, M, N, BM, BN
+            )
         at += until - begin
 
 
@@ -437,6 +544,21 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def steps_a_program(tiles: int, steps: int, programs: int) -> int:
+    """Steps that each of so many programs takes of tiles of ``steps``; programs = 0: a tile's.
+
+    Where little more makes them a part of one tile, they are: a program that ends one tile and
+    begins the next fills its pipeline and hands in a sum twice.
+    """
+    if programs == 0:
+        return steps
+    per = _ceil_div(tiles * steps, programs)
+    if per >= steps:
+        return per
+    whole = _ceil_div(steps, steps // per)
+    return whole if whole * 16 <= per * 17 else per
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Tiles of the fused kernel: BN = 8 * blocks * f. programs = 0: a program a tile."""
@@ -449,6 +571,7 @@ class Tiles:
     stages: int
     programs: int  # a multiprocessor
     scale_sum: bool
+    overlap: bool = False  # Hopper, one piece, the scale on the weight
 
 
 @dataclass(frozen=True)
@@ -462,14 +585,38 @@ Config = Tiles | Dense
 FEWEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
 
 
+#: What a 128 x 128 tile takes for 64 of K, two tiles at once on a multiprocessor.
+_STEP_SECONDS = 0.94e-6
+
+
+def programs_of_many_rows(
+    m: int, n: int, k: int, multiprocessors: int, step_seconds: float = _STEP_SECONDS
+) -> int | None:
+    """How 128 x 128 tiles are dealt: 0, a program each; 2 a multiprocessor, each an equal run of
+    steps; None where to dequantise in a pass of its own before torch's product takes less.
+
+    By what an H200 was seen to do: ``step_seconds`` for 64 of K, a quarter more where a run ends
+    amid a tile, 11 us to hand sums in; a pass at 3.9 TB/s, a product at 700 TFLOP/s.
+    """
+    rows, steps = _ceil_div(m, 128), _ceil_div(k, 64)
+    tiles = rows * _ceil_div(n, 128)
+    whole = _ceil_div(tiles, 2 * multiprocessors) * steps * step_seconds
+    per = steps_a_program(tiles, steps, 2 * multiprocessors)
+    runs = per * step_seconds * (1.25 if steps % per else 1) + 11e-6
+    dense = 2.5 * n * k / 3.9e12 + 2 * 128 * rows * n * k / 700e12
+    if dense < min(whole, runs):
+        return None
+    return 0 if whole <= runs else 2
+
+
 def select(m: int, n: int, k: int, bits: int, group_size: int, multiprocessors: int) -> Config:
     """The kernel and its tiles for one problem on a Hopper GPU.
 
-    Measured for groups of 128, bf16 on an H200 (132 multiprocessors).
+    Measured for groups of 128, bf16 on an H200 (132 multiprocessors; tests/bench/tune_mm.py).
     """
-    part = next((p for p in (128, 64, 32, 16) if group_size % p == 0), 0)
+    part = largest_part(group_size)
     wide_n = n >= 128 * multiprocessors
-    if not part or m > (768 if wide_n else 384):
+    if not part or (m > (768 if wide_n else 384) and bits != 4):
         return Dense()
     narrow, wide = {2: (2, 2), 4: (2, 4), 8: (4, 4)}[bits]  # 128 and 256 columns where they fit
     if m <= 16 and n * k <= 1 << 24 and bits == 4:
@@ -482,15 +629,39 @@ def select(m: int, n: int, k: int, bits: int, group_size: int, multiprocessors: 
     half = min(part, 64)  # for the tiles that fill the registers
     if bits == 2 and m > 32:
         return Tiles(64, narrow, half, 1, 4, 3, 0 if wide_n else 2, False)
+    if m <= 32:
+        return Tiles(32, narrow, part, 1, 4, 3, 0 if wide_n else 2, False)
+    if bits == 4:
+        return _select_int4(m, n, k, part, half, multiprocessors)
     if m <= 64:
-        return Tiles(32 if m <= 32 else 64, narrow, part, 1, 4, 3, 0 if wide_n else 2, False)
+        return Tiles(64, narrow, part, 1, 4, 3, 0 if wide_n else 2, False)
     if _ceil_div(n, 128) * _ceil_div(m, 128) >= 2 * multiprocessors:
         return Tiles(128, narrow, half, 1, 4, 3, 0, False)
     if bits == 8 and m > 128:
         return Dense()
-    if n * k >= 1 << 25 and bits == 4:
-        return Tiles(128, wide, half, 2, 8, 3, 1, False)
     return Tiles(64, narrow, part, 1, 4, 3, 2, False)
+
+
+def _select_int4(m: int, n: int, k: int, part: int, half: int, multiprocessors: int) -> Config:
+    """More than 32 rows of x."""
+    small = n * k <= 1 << 24
+    if m <= 64:
+        programs = 0 if n >= 128 * multiprocessors else 1 if small else 2
+        return Tiles(64, 2, part, 1, 4, 3 if small else 4, programs, False, True)
+    many = _ceil_div(n, 128) * _ceil_div(m, 128) >= 1.5 * multiprocessors
+    if many or m > 384:
+        # Runs that end amid tiles take no less here than the pass of its own.
+        if m > 256 and programs_of_many_rows(m, n, k, multiprocessors) != 0:
+            return Dense()
+        return Tiles(128, 2, half, 1, 4, 4, 0, False)
+    if m <= 192 or small:
+        return Tiles(64, 2, part, 1, 4, 4, 2, False, True)
+    return Tiles(128, 4, part, 1, 8, 4, 1, False, True)
+
+
+def largest_part(group_size: int) -> int:
+    """Rows of K a step, which divide the group (0: any do); 0 where none do."""
+    return next((part for part in (128, 64, 32, 16) if group_size % part == 0), 0)
 
 
 def select_elsewhere(m: int, group_size: int, bits: int) -> Config:
@@ -504,7 +675,7 @@ def select_elsewhere(m: int, group_size: int, bits: int) -> Config:
     return Tiles(32 if m <= 32 or bits == 2 else 64, narrow, part, 1, 4, 2, 2, False)
 
 
-class _Counters:
+class Counters:
     """Zeroed arrival counters, one a tile; every kernel leaves them at zero.
 
     Launches of one stream follow one another and share counters. A captured launch may be replayed
@@ -542,7 +713,7 @@ class _Counters:
         return counters
 
 
-_COUNTERS = _Counters()
+COUNTERS = Counters()
 
 
 def dequantize(
@@ -601,8 +772,8 @@ def gemm(
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out.view(*lead, n)
-    sms = _multiprocessors(x.device)
-    ptx = _ptx(x.device)
+    sms = count_multiprocessors(x.device)
+    ptx = compute_capability(x.device)
     if config is None:
         if qweight.numel() >= 1 << 31:  # the fused kernel indexes words with 32 bits
             config = Dense()
@@ -630,8 +801,7 @@ def gemm(
     block_n = block_w * (32 // bits)
     tiles = _ceil_div(n, block_n) * _ceil_div(m, config.block_m)
     steps = _ceil_div(k, config.block_k * config.pieces)
-    programs = config.programs * sms if config.programs else tiles
-    per = _ceil_div(tiles * steps, programs)
+    per = steps_a_program(tiles, steps, config.programs * sms)
     grid = (_ceil_div(tiles * steps, per),)
     split = per % steps != 0
     partial: torch.Tensor | None = None
@@ -639,11 +809,11 @@ def gemm(
     if split:
         size = 2 * grid[0] * block_n * config.block_m
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
-        counters = _COUNTERS.get(x.device, tiles)
+        counters = COUNTERS.get(x.device, tiles)
     if scales.data_ptr() % 4:  # a view into a larger buffer: scales are read in pairs
         scales = scales.clone()
     if tma is None:
-        tma = ptx >= 90 and _tma(x) and _tma(qweight)
+        tma = ptx >= 90 and tma_addressable(x) and tma_addressable(qweight)
     with on_device(x.device):
         _gemm_kernel[grid](
             TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]) if tma else x,
@@ -672,6 +842,7 @@ def gemm(
             SPLIT=split,
             TMA=tma,
             SCALE_SUM=config.scale_sum,
+            OVERLAP=config.overlap and ptx == 90,
             PTX=ptx,
             num_warps=config.warps,
         )
@@ -679,7 +850,7 @@ def gemm(
 
 
 @functools.cache
-def _ptx(device: torch.device) -> int:
+def compute_capability(device: torch.device) -> int:
     """Compute capability x 10 where the kernels may use PTX (NVIDIA from sm_80), else 0."""
     if INTERPRETED.value or device.type != "cuda" or torch.version.hip is not None:
         return 0
@@ -687,9 +858,9 @@ def _ptx(device: torch.device) -> int:
     return 10 * major + minor if major >= 8 else 0
 
 
-_multiprocessors = functools.cache(multiprocessors)
+count_multiprocessors = functools.cache(multiprocessors)
 
 
-def _tma(tensor: torch.Tensor) -> bool:
+def tma_addressable(tensor: torch.Tensor) -> bool:
     """Whether a TMA descriptor can address a contiguous matrix."""
     return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
