@@ -18,6 +18,8 @@ put back in order once, before they are stored.
 The product is computed transposed, out.T = W @ x.T: Hopper's wgmma takes its left operand from
 registers, which is where the weight is dequantised (``codes.py``).
 
+On Hopper INT4 weights but for experts have a kernel of their own (``fragments.py``).
+
 Grouped: rows of x sorted by expert meet stacked weights [E, ...]. A block of rows is one expert's;
 which one it is, every program finds in the experts' offsets.
 """
@@ -386,8 +388,7 @@ class Dense(NamedTuple):
     """Dequantise to [N, K] in x's dtype, then torch's product."""
 
 
-#: More rows of x than one tile has: one pass that dequantises costs less than doing it for each
-#: (but for ``Fragments``, which choose themselves).
+#: More rows of x than one tile has: one pass that dequantises costs less than doing it for each.
 DENSE_ROWS = 129
 
 
@@ -556,15 +557,16 @@ def _matmul(
     form, bits, parts = weight.form, weight.form.bits, _parts(weight, x)
     count = None if experts is None else len(experts.offsets) - 1
     if config is None:
-        # In float16 a weight may be too small, which codes, scales and a factor apart are not.
-        apart = parts == 2 or (weight.factor is not None and x.dtype == torch.float16)
-        many = m >= DENSE_ROWS and not apart and experts is None
-        config = Dense() if many else _choose(m * parts, n, k, bits, weight.group, x.device, count)
         if form == FORMS["int4"] and experts is None and compute_capability(x.device) == 90:
             group = 0 if weight.scale.shape[-2] == 1 else weight.group
             sms = count_multiprocessors(x.device)
-            found = fragments.select(m, n, k, group, weight.zeros is not None, sms)
-            config = found or Dense()
+            config = fragments.select(m, n, k, group, weight.zeros is not None, sms) or Dense()
+        else:
+            # In float16 a weight may be too small, which codes, scales and a factor apart are not.
+            apart = parts == 2 or (weight.factor is not None and x.dtype == torch.float16)
+            many = m >= DENSE_ROWS and not apart and experts is None
+            found = _choose(m * parts, n, k, bits, weight.group, x.device, count)
+            config = Dense() if many else found
     if isinstance(config, Dense):
         return _dense(x, weight, index, bias).reshape(*lead, n)
     if isinstance(config, Fragments):
