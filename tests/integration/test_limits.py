@@ -231,3 +231,28 @@ def test_experts_shared_out_otherwise(whole: bool, tmp_path: Path) -> None:
     wanted = "with" if whole else "without"
     with pytest.raises(UsageError, match=rf"serve it {wanted} --enable-expert-parallel"):
         experts.method(found, described, f"{MLP}.experts")
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_stacks_hold_the_experts_of_a_linear_placement(linear: bool, tmp_path: Path) -> None:
+    """Of ranks' stacks; vLLM's round robin gives rank 1 the experts 1 and 3 of four."""
+    found = served(tmp_path, tensor_parallel=2, expert_parallel=True, fuse=True)
+    found.of_rank(1, 2)
+    described = layer(register_parameter=lambda name, data: None)
+    described.moe_config.moe_parallel_config.use_ep = True
+    described.expert_map = torch.tensor([-1, -1, 0, 1] if linear else [-1, 0, -1, 1])
+    method = experts.method(found, described, f"{MLP}.experts")
+    assert method is not None
+    sizes: tuple[Any, ...] = (2, 256, 128, torch.bfloat16)
+    if linear:
+        method.create_weights(described, *sizes, global_num_experts=4)
+        return
+    says = "this rank the experts 2 to 3, vLLM others: use its linear placement"
+    with pytest.raises(UsageError, match=says):
+        method.create_weights(described, *sizes, global_num_experts=4)
+
+
+def test_two_modules_of_one_name(tmp_path: Path) -> None:
+    found = served(tmp_path)
+    with pytest.raises(VerificationError, match=r"vLLM has one name, mlp, for it and .*experts\.0"):
+        found.rename(lambda names: ["mlp"])

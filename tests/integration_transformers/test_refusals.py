@@ -19,7 +19,7 @@ from support.reference import load_tensors
 
 transformers = pytest.importorskip("transformers", "5.18", reason="transformers 5.18 is needed")
 
-from support.hf import TINY, write_models  # noqa: E402
+from support.hf import TINY, linears, write_models  # noqa: E402
 
 import ctconvert  # noqa: E402
 import ctconvert.integrations.transformers  # noqa: E402
@@ -159,6 +159,32 @@ def test_an_embedding_that_scales_what_it_looks_up(tmp_path: Path) -> None:
     group = group_config(weight_args(4, 32), ["Embedding"])
     source, _ = write_models(transformers.Gemma3ForCausalLM(config), tmp_path, group, choose)
     refused(source, ConversionError, "cannot stand for Gemma3TextScaledWordEmbedding, which is no")
+
+
+class Head(torch.nn.Module):
+    """A head that is no Linear."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(rows, columns))
+
+
+def test_a_converted_table_tied_to_another_kind_of_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformers.LlamaConfig(**TINY, tie_word_embeddings=True, dtype=torch.bfloat16)
+    choose = lambda name, tensor: linears(name, tensor) or "embed" in name  # noqa: E731
+    group = group_config(weight_args(4, 32), ["Linear", "Embedding"])
+    source, _ = write_models(transformers.LlamaForCausalLM(config), tmp_path, group, choose)
+    make = transformers.LlamaForCausalLM.__init__
+
+    def with_another_head(self: Any, config: Any) -> None:
+        make(self, config)
+        self.lm_head = Head(config.vocab_size, config.hidden_size)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", with_another_head)
+    says = r"lm_head\.weight: it is tied to a converted table, and a kernel cannot stand for Head"
+    refused(source, ConversionError, says)
 
 
 def experts_that_say(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
