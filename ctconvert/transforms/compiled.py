@@ -75,10 +75,11 @@ def transpose(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor | No
         return None
     out = empty((columns, rows // f), torch.int32)
     source, target = words.numpy().view("u8"), out.numpy().view("u8")
+    every = torch.arange(rows).numpy()
     run = loops.transpose4 if bits == 4 else loops.transpose8
 
     def work(share: Sequence[slice]) -> None:
-        run(source, target, share[0].start, share[-1].stop)
+        run(source, every, target, share[0].start, share[-1].stop)
 
     spread(work, slices(width // 2, 64), words.nbytes)
     return out
@@ -130,3 +131,34 @@ def take_columns(words: torch.Tensor, perm: torch.Tensor, bits: int) -> torch.Te
 
     spread(work, slices(n, 64), words.nbytes)
     return out
+
+
+def pack_zero_points(codes: torch.Tensor) -> torch.Tensor | None:
+    """``marlin_pack_zero_points`` of 4 bits; None where the torch path shall do it."""
+    if (loops := _loops(codes)) is None:
+        return None
+    groups, n = codes.shape
+    out = empty((groups, n // 8), torch.int32)
+    source, target = codes.numpy(), out.numpy().view("u1")
+    seen = []
+
+    def work(share: Sequence[slice]) -> None:
+        seen.append(loops.pack_zeros4(source, target, share[0].start, share[-1].stop))
+
+    spread(work, slices(groups, 1), codes.nbytes)
+    return out if max(seen, default=0) < 16 else None  # torch's path names the code
+
+
+def unpack_zero_points(words: torch.Tensor) -> torch.Tensor | None:
+    """``marlin_unpack_zero_points`` of 4 bits; None where the torch path shall do it."""
+    if (loops := _loops(words)) is None:
+        return None
+    groups, width = words.shape
+    codes = empty((groups, width * 8), torch.uint8)
+    source, target = words.numpy().view("u1"), codes.numpy()
+
+    def work(share: Sequence[slice]) -> None:
+        loops.unpack_zeros4(source, target, share[0].start, share[-1].stop)
+
+    spread(work, slices(groups, 1), codes.nbytes)
+    return codes

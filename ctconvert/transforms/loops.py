@@ -91,14 +91,15 @@ def _join_halves(block, size, height, count):
 
 
 @loop
-def transpose4(source, target, first, last):
-    """u64 [R, W], R % 16 == 0, to u64 [16*W, R/16]: int4 codes, columns ``first`` to ``last``.
+def transpose4(source, rows, target, first, last):
+    """u64 [*, W], rows ``rows``, R % 16 == 0 of them, to u64 [16*W, R/16]: int4 codes, columns
+    ``first`` to ``last``.
 
     Eight rows are transposed as 8 x 8 codes in every half of a word, the halves of two such groups
     joined, words side by side, into a block in the L2 cache, of which the words are transposed
     then. Long runs of a source row matter more than a block in the L1 cache.
     """
-    groups = source.shape[0] // 8
+    groups = len(rows) // 8
     block = np.empty((128, _RUN + 1), np.uint64)  # rows a power of two apart share cache sets
     for begin in range(first, last, _RUN):
         count = min(_RUN, last - begin)
@@ -106,15 +107,17 @@ def transpose4(source, target, first, last):
             height = min(16, groups - start)
             for group in range(height):
                 row, line = (start + group) * 8, group * 8
+                r0, r1, r2, r3 = rows[row], rows[row + 1], rows[row + 2], rows[row + 3]
+                r4, r5, r6, r7 = rows[row + 4], rows[row + 5], rows[row + 6], rows[row + 7]
                 for w in range(count):
-                    a = source[row, begin + w]
-                    b = source[row + 1, begin + w]
-                    c = source[row + 2, begin + w]
-                    d = source[row + 3, begin + w]
-                    e = source[row + 4, begin + w]
-                    f = source[row + 5, begin + w]
-                    g = source[row + 6, begin + w]
-                    h = source[row + 7, begin + w]
+                    a = source[r0, begin + w]
+                    b = source[r1, begin + w]
+                    c = source[r2, begin + w]
+                    d = source[r3, begin + w]
+                    e = source[r4, begin + w]
+                    f = source[r5, begin + w]
+                    g = source[r6, begin + w]
+                    h = source[r7, begin + w]
                     a, e = _swap(a, e, U(16), U(0x0000FFFF0000FFFF))
                     b, f = _swap(b, f, U(16), U(0x0000FFFF0000FFFF))
                     c, g = _swap(c, g, U(16), U(0x0000FFFF0000FFFF))
@@ -148,9 +151,9 @@ def transpose4(source, target, first, last):
 
 
 @loop
-def transpose8(source, target, first, last):
-    """u64 [R, W], R % 8 == 0, to u64 [8*W, R/8]: as :func:`transpose4`, of 8-bit codes."""
-    groups = source.shape[0] // 4
+def transpose8(source, rows, target, first, last):
+    """u64 [*, W], R % 8 == 0, to u64 [8*W, R/8]: as :func:`transpose4`, of 8-bit codes."""
+    groups = len(rows) // 4
     block = np.empty((64, _RUN + 1), np.uint64)  # rows a power of two apart share cache sets
     for begin in range(first, last, _RUN):
         count = min(_RUN, last - begin)
@@ -158,11 +161,12 @@ def transpose8(source, target, first, last):
             height = min(16, groups - start)
             for group in range(height):
                 row, line = (start + group) * 4, group * 4
+                r0, r1, r2, r3 = rows[row], rows[row + 1], rows[row + 2], rows[row + 3]
                 for w in range(count):
-                    a = source[row, begin + w]
-                    b = source[row + 1, begin + w]
-                    c = source[row + 2, begin + w]
-                    d = source[row + 3, begin + w]
+                    a = source[r0, begin + w]
+                    b = source[r1, begin + w]
+                    c = source[r2, begin + w]
+                    d = source[r3, begin + w]
                     a, c = _swap(a, c, U(16), U(0x0000FFFF0000FFFF))
                     b, d = _swap(b, d, U(16), U(0x0000FFFF0000FFFF))
                     a, b = _swap(a, b, U(8), U(0x00FF00FF00FF00FF))
@@ -318,34 +322,68 @@ def unpack_tiles8(tiles, units, first, last):
                         units[row + 8, 2 * (begin + t) + 1] = s
 
 
+#: Rows whose columns are taken together, of int4: 64 bytes of a column, a cache line.
+_TAKEN = 128
+
+
 @loop
 def take4(source, columns, target, first, last):
     """Columns of u64 [N, K/16], N % 16 == 0, into the same: int4 codes, rows ``first`` to ``last``.
 
     The rows of a block in the cache are transposed, so that a column's codes move together.
     """
-    k = len(columns)
-    for begin in range(first, last, 128):
-        rows = min(128, last - begin)
-        turned = np.empty((k, rows // 16), np.uint64)
-        moved = np.empty((k, rows // 16), np.uint64)
-        transpose4(source[begin : begin + rows], turned, 0, source.shape[1])
-        for column in range(k):
-            for word in range(rows // 16):
-                moved[column, word] = turned[columns[column], word]
-        transpose4(moved, target[begin : begin + rows], 0, rows // 16)
+    turned = np.empty((len(columns), _TAKEN // 16), np.uint64)
+    for begin in range(first, last, _TAKEN):
+        rows = np.arange(begin, min(begin + _TAKEN, last))
+        transpose4(source, rows, turned, 0, source.shape[1])
+        transpose4(turned, columns, target[begin:last], 0, len(rows) // 16)
 
 
 @loop
 def take8(source, columns, target, first, last):
     """Columns of u64 [N, K/8], N % 8 == 0, into the same: as :func:`take4`, of 8-bit codes."""
-    k = len(columns)
-    for begin in range(first, last, 64):
-        rows = min(64, last - begin)
-        turned = np.empty((k, rows // 8), np.uint64)
-        moved = np.empty((k, rows // 8), np.uint64)
-        transpose8(source[begin : begin + rows], turned, 0, source.shape[1])
-        for column in range(k):
-            for word in range(rows // 8):
-                moved[column, word] = turned[columns[column], word]
-        transpose8(moved, target[begin : begin + rows], 0, rows // 8)
+    turned = np.empty((len(columns), _TAKEN // 16), np.uint64)
+    for begin in range(first, last, _TAKEN // 2):
+        rows = np.arange(begin, min(begin + _TAKEN // 2, last))
+        transpose8(source, rows, turned, 0, source.shape[1])
+        transpose8(turned, columns, target[begin:last], 0, len(rows) // 8)
+
+
+# Word i of a run of 64 zero points has, of the 8 x 8 codes as they lie, those of column i, the even
+# rows before the odd ones: two of them a byte.
+
+
+@loop
+def pack_zeros4(codes, packed, first, last):
+    """u8 [G, N], N % 64 == 0, to the bytes of Marlin's words, u8 [G, N/2], rows ``first`` to
+    ``last``; returns all codes' OR, 16 or more where one is out of range.
+    """
+    seen = np.zeros(8, np.uint8)
+    for row in range(first, last):
+        for run in range(codes.shape[1] // 64):
+            at = codes[row, run * 64 : run * 64 + 64]
+            into = packed[row, run * 32 : run * 32 + 32]
+            for i in range(8):
+                a, b, c, d = at[i], at[i + 16], at[i + 32], at[i + 48]
+                e, f, g, h = at[i + 8], at[i + 24], at[i + 40], at[i + 56]
+                into[4 * i] = a | b << 4
+                into[4 * i + 1] = c | d << 4
+                into[4 * i + 2] = e | f << 4
+                into[4 * i + 3] = g | h << 4
+                seen[i] |= a | b | c | d | e | f | g | h
+    return seen.max()
+
+
+@loop
+def unpack_zeros4(packed, codes, first, last):
+    """The inverse of :func:`pack_zeros4`."""
+    for row in range(first, last):
+        for run in range(codes.shape[1] // 64):
+            at = packed[row, run * 32 : run * 32 + 32]
+            into = codes[row, run * 64 : run * 64 + 64]
+            for i in range(8):
+                for pair in range(2):
+                    into[i + 32 * pair] = at[4 * i + pair] & 15
+                    into[i + 32 * pair + 16] = at[4 * i + pair] >> 4
+                    into[i + 32 * pair + 8] = at[4 * i + pair + 2] & 15
+                    into[i + 32 * pair + 24] = at[4 * i + pair + 2] >> 4

@@ -81,6 +81,27 @@ def test_columns_in_another_order(
     assert torch.equal(marlin.unsort_columns(want, perm, bits), source)
 
 
+@pytest.mark.parametrize(("groups", "n"), [(1, 64), (5, 192), (33, 1024)])
+def test_zero_points_there_and_back(
+    loops: None, monkeypatch: pytest.MonkeyPatch, groups: int, n: int
+) -> None:
+    codes = torch.randint(0, 16, (groups, n), dtype=torch.uint8)
+    with monkeypatch.context() as without:
+        without.setattr(compiled.LOOPS, "least", 1 << 60)
+        want = marlin.marlin_pack_zero_points(codes, 4)
+    monkeypatch.setattr(compiled, "empty", _poisoned)
+    monkeypatch.setattr(marlin, "_reorder", None)  # would fail if it were called
+    assert torch.equal(marlin.marlin_pack_zero_points(codes, 4), want)
+    assert torch.equal(marlin.marlin_unpack_zero_points(want, 4), codes)
+
+
+def test_a_zero_point_out_of_range(loops: None) -> None:
+    codes = torch.zeros((3, 64), dtype=torch.uint8)
+    codes[1, 37] = 16
+    with pytest.raises(ValueError, match="16"):
+        marlin.marlin_pack_zero_points(codes, 4)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_shared_among_threads(loops: None, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
     n, k = 448, 2176
@@ -356,4 +377,4 @@ def _filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.full(shape, 0x5A5A5A5A, dtype=dtype)
+    return torch.full(shape, 0x5A if dtype == torch.uint8 else 0x5A5A5A5A, dtype=dtype)

@@ -210,6 +210,8 @@ def marlin_pack_zero_points(codes: torch.Tensor, bits: int) -> torch.Tensor:
         words, in_range = pack_zero_points_triton(codes, order, bits)
         if in_range:
             return words
+    if bits == 4 and (made := compiled.pack_zero_points(codes)) is not None:
+        return made
     return pack(_reorder(codes, order), bits)  # names a code that is not in range
 
 
@@ -226,6 +228,8 @@ def marlin_unpack_zero_points(words: torch.Tensor, bits: int) -> torch.Tensor:
         from ctconvert.transforms.marlin.triton import unpack_zero_points_triton
 
         return unpack_zero_points_triton(words, order, bits)
+    if bits == 4 and (made := compiled.unpack_zero_points(words)) is not None:
+        return made
     return _reorder(unpack(words, bits, n), order)
 
 
