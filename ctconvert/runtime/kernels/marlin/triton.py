@@ -557,7 +557,9 @@ def _matmul(
     form, bits, parts = weight.form, weight.form.bits, _parts(weight, x)
     count = None if experts is None else len(experts.offsets) - 1
     if config is None:
-        if form == FORMS["int4"] and experts is None and compute_capability(x.device) == 90:
+        # Fragments are read with indices of 32 bits.
+        fits = form == FORMS["int4"] and experts is None and weight.words.numel() < 1 << 31
+        if fits and compute_capability(x.device) == 90:
             group = 0 if weight.scale.shape[-2] == 1 else weight.group
             sms = count_multiprocessors(x.device)
             config = fragments.select(m, n, k, group, weight.zeros is not None, sms) or Dense()
