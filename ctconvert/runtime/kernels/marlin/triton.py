@@ -18,7 +18,7 @@ put back in order once, before they are stored.
 The product is computed transposed, out.T = W @ x.T: Hopper's wgmma takes its left operand from
 registers, which is where the weight is dequantised (``codes.py``).
 
-On Hopper INT4 weights but for experts have a kernel of their own (``fragments.py``).
+On Hopper the form ``int4``, but for experts, has a kernel of its own (``fragments.py``).
 
 Grouped: rows of x sorted by expert meet stacked weights [E, ...]. A block of rows is one expert's;
 which one it is, every program finds in the experts' offsets.
