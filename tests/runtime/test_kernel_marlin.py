@@ -156,6 +156,9 @@ FRAGMENTS: tuple[tuple[int, int, int, bool, torch.dtype, Fragments], ...] = (
     (320, 96, 32, True, torch.float32, Fragments(16, 1, 32, 4, 2, 2, False)),
     (192, 208, -1, True, torch.bfloat16, Fragments(16, 2, 128, 4, 2, 3, False)),
     (128, 80, -1, False, torch.float32, Fragments(FEWEST_ROWS, 2, 64, 4, 2, 0, True)),
+    (192, 256, 64, False, torch.float16, Fragments(32, 2, 64, 4, 3, 2, False, True)),
+    # A tile wider than N, a step longer than K.
+    (64, 48, -1, False, torch.bfloat16, Fragments(FEWEST_ROWS, 4, 128, 4, 4, 2, True)),
 )
 
 
@@ -210,6 +213,8 @@ def test_fragments_chosen_suit_every_shape() -> None:
         assert config.block_k % 16 == 0
         assert not (config.scale_sum and (zeros or config.overlap))
         assert config.block_m * 64 * config.blocks // config.warps // 32 <= 128
+        staged = config.stages * config.block_k * (2 * config.block_m + 32 * config.blocks)
+        assert staged + 4096 <= 227 * 1024  # shared memory: x and words, with scales beside them
         assert config.block_m >= min(m, 64)
     assert fragments.select(1024, 4096, 4096, 128, False, 132) is not None
     assert fragments.select(512, 4096, 4096, 128, False, 132) is None
@@ -285,13 +290,58 @@ def test_gpu_fragments_beside_the_product_change_no_bit(zero_point: bool) -> Non
 
 
 @pytest.mark.parametrize(("start", "m"), [(1, 40), (2, 3)])
-def test_activations_anywhere_in_memory(start: int, m: int) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        Fragments(FEWEST_ROWS, 2, 32, 4, 3, 2, True),
+        Fragments(64, 2, 32, 4, 4, 2, False, True),
+    ],
+    ids=["small", "fragments of few rows", "fragments"],
+)
+def test_tensors_anywhere_in_memory(start: int, m: int, config: Config | Fragments) -> None:
     torch.manual_seed(0)
-    qweight, scales, _, weight = make(4, 64, 64, 32, False, torch.float16)
-    x = torch.randn(start + m * 64, device=DEVICE).half()[start:].view(m, 64)
-    shape = {"bits": 4, "n": 64, "k": 64, "group_size": 32}
-    out = triton.gemm(x, *on_device(qweight, scales), **shape, config=SMALL)
-    assert relative_error(out, x.double().cpu() @ weight.t()) < 1e-3
+    n, k, group = 192, 64, 32
+    qweight, scales, qzeros, weight = make(4, n, k, group, start == 2, torch.float16)
+    x = torch.randn(m, k).half()
+    moved = [
+        None if t is None else torch.cat([t.new_zeros(start), t.flatten()]).to(DEVICE)
+        for t in (x, qweight, scales, qzeros)
+    ]
+    arguments = [
+        None if t is None else t[start:].view(like.shape)
+        for t, like in zip(moved, (x, qweight, scales, qzeros), strict=True)
+    ]
+    out = triton.gemm(*arguments, bits=4, n=n, k=k, group_size=group, config=config)
+    assert relative_error(out, x.double() @ weight.t()) < 1e-3
+
+
+def test_more_words_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of fragments indexes words with 32 bits, the other with 64."""
+
+    def reached(kernel: str) -> Any:
+        def stop(*_: Any, **__: Any) -> None:
+            raise LookupError(kernel)
+
+        return stop
+
+    monkeypatch.setattr(triton, "compute_capability", lambda _: 90)
+    monkeypatch.setattr(fragments, "gemm", reached("fragments"))
+    monkeypatch.setattr(triton, "_choose", reached("other"))
+    k = 1 << 16
+    scale = torch.ones(1)
+    for n, kernel in ((1 << 17, "fragments"), (1 << 18, "other")):
+        words = torch.zeros(1, dtype=torch.int32).expand(k // 16, n * 2)
+        with pytest.raises(LookupError, match=kernel):
+            triton.gemm(
+                torch.zeros(1, k).half(),
+                words,
+                scale.expand(1, n),
+                bits=4,
+                n=n,
+                k=k,
+                group_size=-1,
+            )
 
 
 @pytest.mark.usefixtures("poisoned")

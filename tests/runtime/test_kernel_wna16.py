@@ -278,8 +278,12 @@ SMALL: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
         lambda: tiles(16, 4, 32, 4, 8, 2, 2, False),
     ),
     "scaled weight, unpacked beside the product": (
-        {"m": 37, "n": 144, "k": 256, "group": 128, "asymmetric": True, "dtype": BF16},
+        {"m": 37, "n": 160, "k": 256, "group": 128, "asymmetric": True, "dtype": BF16},
         lambda: tiles(64, 2, 128, 1, 4, 3, 1, False, True),
+    ),
+    "symmetric f16, unpacked and scaled beside the product": (
+        {"m": 37, "n": 160, "k": 128, "group": 64},
+        lambda: tiles(64, 2, 64, 1, 4, 3, 1, False, True),
     ),
     "many rows, fake-quantised in and out": (
         {"m": 21, "n": 136, "k": 64, "group": 32, "input_scale": 0.03, "output_scale": 0.09},
@@ -352,11 +356,14 @@ def test_selection_suits_every_shape() -> None:
         (1, 132),
         (4096, 16384, 28672),
     ):
-        for config in (
-            triton_part.select(m, n, 4096, bits, group, sms),
-            triton_part.select_elsewhere(m, group, bits),
+        for config, shared in (
+            (triton_part.select(m, n, 4096, bits, group, sms), 227),
+            (triton_part.select_elsewhere(m, group, bits), 64),
         ):
             if isinstance(config, triton_part.Tiles):
+                staged = config.stages * config.block_k * config.pieces
+                staged *= 2 * config.block_m + 32 * config.blocks
+                assert staged + 4096 <= shared * 1024  # x and words, with scales beside them
                 assert group % config.block_k == 0
                 assert config.block_k % 16 == 0
                 assert not (config.overlap and (config.scale_sum or config.pieces > 1))
@@ -499,7 +506,8 @@ def test_ops_are_registered_as_torch_expects() -> None:
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_gpu_overlap_changes_no_bit(bits: int, asymmetric: bool) -> None:
     """Unpacking beside the product reads and writes the same registers: a race would show."""
-    p = Problem(333, 2064, 4096, group=128, bits=bits, asymmetric=asymmetric, dtype=BF16)
+    # Rows of words that TMA takes at any width.
+    p = Problem(333, 2112, 4096, group=128, bits=bits, asymmetric=asymmetric, dtype=BF16)
     wide = 2 if bits == 2 else 4
     for config in ((128, 2, 64, 1, 4, 3, 0), (128, wide, 64, 1, 8, 4, 1), (64, 2, 128, 1, 4, 3, 2)):
         if bits == 2 and config[0] == 128:

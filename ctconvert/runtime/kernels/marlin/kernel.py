@@ -43,8 +43,8 @@ def marlin_gemm(
 
     The custom op is ``ctconvert::marlin_gemm``. On a CPU it is
     :func:`marlin_gemm_reference`; elsewhere a Triton kernel that reads the tiles directly and
-    rounds the dequantised weight to x's dtype, as Marlin does; for many rows of x one pass
-    dequantises into a temporary [N, K] before torch's product.
+    may round the dequantised weight to x's dtype, as Marlin does; for many rows of x one pass
+    dequantises into a temporary [N, K] before torch's product. The same call gives the same bits.
 
     Args:
         x: f16 or bf16 [..., K].

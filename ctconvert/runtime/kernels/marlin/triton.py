@@ -18,7 +18,7 @@ put back in order once, before they are stored.
 The product is computed transposed, out.T = W @ x.T: Hopper's wgmma takes its left operand from
 registers, which is where the weight is dequantised (``codes.py``).
 
-On Hopper INT4 weights but for experts have a kernel of their own (``fragments.py``).
+On Hopper the form ``int4``, but for experts, has a kernel of its own (``fragments.py``).
 
 Grouped: rows of x sorted by expert meet stacked weights [E, ...]. A block of rows is one expert's;
 which one it is, every program finds in the experts' offsets.
@@ -557,7 +557,9 @@ def _matmul(
     form, bits, parts = weight.form, weight.form.bits, _parts(weight, x)
     count = None if experts is None else len(experts.offsets) - 1
     if config is None:
-        if form == FORMS["int4"] and experts is None and compute_capability(x.device) == 90:
+        # Fragments are read with indices of 32 bits.
+        fits = form == FORMS["int4"] and experts is None and weight.words.numel() < 1 << 31
+        if fits and compute_capability(x.device) == 90:
             group = 0 if weight.scale.shape[-2] == 1 else weight.group
             sms = count_multiprocessors(x.device)
             config = fragments.select(m, n, k, group, weight.zeros is not None, sms) or Dense()

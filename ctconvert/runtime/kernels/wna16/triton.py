@@ -287,8 +287,8 @@ def wait_for_products():
     """Waits for the tensor cores at the end of a step, where Triton has them run on.
 
     A sum that only the next step's product uses is one that Triton does not wait for; it then cuts
-    the product into 16 rows of the weight each, and the unpacking of the next 16 runs beside them.
-    Without this the next step would write registers that are still read (as below).
+    the product along K (every 16 rows in 3.6, 32 in 3.9), and unpacks a piece while the one before
+    is multiplied. Without this the next step would write registers that are still read (as below).
     """
     tl.inline_asm_elementwise(
         "{ wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1; }",
@@ -367,7 +367,7 @@ def _gemm_kernel(
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
     SCALE_SUM: tl.constexpr,  # the scale multiplies the f32 partial sum, else the weight
-    # Unpacks 16 rows while those before are multiplied (one piece, not SCALE_SUM, sm_90).
+    # Unpacks rows while those before are multiplied (one piece, not SCALE_SUM, sm_90).
     OVERLAP: tl.constexpr,
     PTX: tl.constexpr,  # compute capability x 10 of an NVIDIA GPU, 0: plain Triton
 ):
@@ -547,8 +547,8 @@ def _ceil_div(a: int, b: int) -> int:
 def steps_a_program(tiles: int, steps: int, programs: int) -> int:
     """Steps that each of so many programs takes of tiles of ``steps``; programs = 0: a tile's.
 
-    Where little more makes them a part of one tile, they are: a program that ends one tile and
-    begins the next fills its pipeline and hands in a sum twice.
+    Where little more makes the most of them part of one tile, it is taken: a program that ends one
+    tile and begins the next fills its pipeline and hands in a sum twice.
     """
     if programs == 0:
         return steps
